@@ -1,0 +1,285 @@
+"""Checkpoints that are complete or absent, and finding the one that is meant.
+
+<base>/<stage>_checkpoints/<tag>/model_000123.pt    weights
+                                 optim_000123.pt    optimizer state, the same for any number of ranks
+                                 meta_000123.json   configuration, loop and loader state, and the size and
+                                                    SHA-256 of the other files; written last
+                                 tokenizer/         the tokenizer that the weights belong to
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from nanochat.common import UserError, compute_dtype, get_base_dir, print0, read_json, whole_file, write_json
+from nanochat.gpt import GPT, GPTConfig
+
+if TYPE_CHECKING:
+    from nanochat.tokenizer import RustBPETokenizer
+
+STAGES = {
+    "base": "base_checkpoints",
+    "mid": "mid_checkpoints",
+    "sft": "chatsft_checkpoints",
+    "rl": "chatrl_checkpoints",
+}
+FORMAT_VERSION = 1
+
+
+def stage_dir(stage: str) -> Path:
+    """The folder of a stage's checkpoints."""
+    if stage not in STAGES:
+        raise UserError(f"{stage!r} is not a stage; use {', '.join(STAGES)}")
+    return get_base_dir() / STAGES[stage]
+
+
+# --- writing -----------------------------------------------------------------------------------------
+
+
+class _HashingWriter:
+    """Hashes what passes through, so that a checkpoint is not read back to be hashed."""
+
+    def __init__(self, file) -> None:
+        self._file, self.sha256, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data) -> int:
+        self.sha256.update(data)
+        self.size += len(memoryview(data).cast("B"))
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _save_tensors(path: Path, value: object) -> dict:
+    with whole_file(path) as file:
+        writer = _HashingWriter(file)
+        # the legacy format is a plain stream; the zip format seeks back and could not be hashed on the way
+        torch.save(value, writer, _use_new_zipfile_serialization=False)
+    return {"size": writer.size, "sha256": writer.sha256.hexdigest()}
+
+
+def save_checkpoint(
+    directory: Path,
+    step: int,
+    model: GPT,
+    meta: dict,
+    optimizer_state: dict | None = None,
+    tokenizer: RustBPETokenizer | None = None,
+    keep_last: int = 0,
+) -> None:
+    """Write a checkpoint (rank 0 calls this). It counts only once its meta file is there.
+
+    keep_last: how many checkpoints to keep in the folder; 0 keeps all.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        tokenizer.save(directory / "tokenizer")
+    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    files = {f"model_{step:06d}.pt": _save_tensors(directory / f"model_{step:06d}.pt", weights)}
+    if optimizer_state is not None:
+        name = f"optim_{step:06d}.pt"
+        files[name] = _save_tensors(directory / name, optimizer_state)
+    complete = {
+        "format": FORMAT_VERSION,
+        "step": step,
+        "model_config": asdict(model.config),
+        **meta,
+        "files": files,
+    }
+    write_json(directory / f"meta_{step:06d}.json", complete)
+    if keep_last > 0:
+        for old in list_steps(directory)[:-keep_last]:
+            _delete(directory, old)
+
+
+def update_meta(directory: Path, step: int, changes: dict) -> None:
+    """Replace entries of a checkpoint's meta file, which stays whole throughout."""
+    path = directory / f"meta_{step:06d}.json"
+    write_json(path, read_json(path) | changes)
+
+
+def delete_checkpoints(directory: Path) -> None:
+    """Delete all checkpoints of a folder and say so."""
+    if steps := list_steps(directory):
+        print0(f"deleting the checkpoints of an earlier run in {directory}: steps {steps}")
+    for step in steps:
+        _delete(directory, step)
+
+
+def _delete(directory: Path, step: int) -> None:
+    # meta first: from then on the checkpoint is absent, whatever happens next
+    for name in (f"meta_{step:06d}.json", f"model_{step:06d}.pt", f"optim_{step:06d}.pt"):
+        (directory / name).unlink(missing_ok=True)
+
+
+# --- finding -----------------------------------------------------------------------------------------
+
+
+def list_steps(directory: Path) -> list[int]:
+    """Steps of all checkpoints with a meta file, ascending."""
+    names = (re.fullmatch(r"meta_(\d+)\.json", path.name) for path in directory.glob("meta_*.json"))
+    return sorted(int(match[1]) for match in names if match)
+
+
+def check_files(directory: Path, step: int) -> str | None:
+    """None if a checkpoint's files are as they were written, else what is wrong with them."""
+    try:
+        files = read_json(directory / f"meta_{step:06d}.json")["files"]
+    except (UserError, KeyError) as error:
+        return str(error)
+    for name, expected in files.items():
+        path = directory / name
+        if not path.exists():
+            return f"{path} is missing"
+        if path.stat().st_size != expected["size"]:
+            return f"{path} has {path.stat().st_size:,} bytes instead of {expected['size']:,}"
+        with open(path, "rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 22):
+                digest.update(block)
+        if digest.hexdigest() != expected["sha256"]:
+            return f"{path} is damaged (its SHA-256 is not the recorded one)"
+    return None
+
+
+def newest_good_step(directory: Path) -> int | None:
+    """The last step whose files are whole; damaged ones are named and passed over. None if there is none."""
+    for step in reversed(list_steps(directory)):
+        problem = check_files(directory, step)
+        if problem is None:
+            return step
+        print0(f"warning: checkpoint {step} in {directory} is not usable: {problem}", file=sys.stderr)
+    return None
+
+
+def find_model_tag(checkpoints: Path) -> str:
+    """The tag to use when none is given: the largest d<number>, exact names first, else the newest folder."""
+    tags = [path for path in checkpoints.glob("*") if path.is_dir() and list_steps(path)]
+    if not tags:
+        raise UserError(
+            f"no checkpoint in {checkpoints}; train that stage first (bash runs/speedrun.sh does all)"
+        )
+
+    def preference(path: Path) -> tuple:
+        depth = re.match(r"d(\d+)", path.name)
+        exact = re.fullmatch(r"d\d+", path.name) is not None
+        return (int(depth[1]) if depth else -1, exact, path.stat().st_mtime, path.name)
+
+    return max(tags, key=preference).name
+
+
+def locate(stage: str, model_tag: str | None = None, step: int | None = None) -> tuple[Path, int]:
+    """Folder and step of a checkpoint of a stage. Raises UserError if there is none or it is damaged."""
+    checkpoints = stage_dir(stage)
+    directory = checkpoints / (model_tag or find_model_tag(checkpoints))
+    if not list_steps(directory):
+        have = sorted(path.name for path in checkpoints.glob("*") if path.is_dir())
+        raise UserError(f"no {stage} checkpoint {directory}; there are: {', '.join(have) or 'none'}")
+    if step is None:
+        step = newest_good_step(directory)
+        if step is None:
+            raise UserError(f"every checkpoint in {directory} is damaged; train that stage again")
+        return directory, step
+    if step not in list_steps(directory):
+        raise UserError(f"no step {step} in {directory}; there are: {list_steps(directory)}")
+    if problem := check_files(directory, step):
+        raise UserError(f"checkpoint cannot be used: {problem}")
+    return directory, step
+
+
+def latest_stage(stages: tuple[str, ...] = ("rl", "sft", "mid", "base")) -> str:
+    """The first of these stages that has a checkpoint."""
+    for stage in stages:
+        if any(list_steps(path) for path in stage_dir(stage).glob("*")):
+            return stage
+    raise UserError(f"no checkpoint below {get_base_dir()}; train a model first: bash runs/speedrun.sh")
+
+
+# --- reading -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a checkpoint is and what its meta file says; tensors are read on demand."""
+
+    directory: Path
+    step: int
+    meta: dict
+
+    @classmethod
+    def open(cls, directory: Path, step: int) -> Checkpoint:
+        return cls(directory, step, read_json(directory / f"meta_{step:06d}.json"))
+
+    def config(self) -> GPTConfig:
+        known = {field.name for field in fields(GPTConfig)}
+        stored = self.meta["model_config"]
+        if unknown := set(stored) - known:
+            raise UserError(f"{self.directory} is from a newer nanochat: unknown settings {sorted(unknown)}")
+        return GPTConfig(**stored)
+
+    def model_state(self, device: torch.device | str) -> dict[str, torch.Tensor]:
+        return self._load(f"model_{self.step:06d}.pt", device)
+
+    def optimizer_state(self) -> dict | None:
+        """On the CPU; None if this checkpoint was saved without."""
+        name = f"optim_{self.step:06d}.pt"
+        return self._load(name, "cpu") if (self.directory / name).exists() else None
+
+    def tokenizer(self) -> RustBPETokenizer:
+        from nanochat.tokenizer import get_tokenizer
+
+        own = self.directory / "tokenizer"
+        tokenizer = get_tokenizer(own if own.exists() else None)
+        if tokenizer.get_vocab_size() != self.config().vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokenizer.get_vocab_size():,} tokens, the model in {self.directory} was trained"
+                f" with {self.config().vocab_size:,}"
+            )
+        return tokenizer
+
+    def model(self, device: torch.device, dtype: torch.dtype | None = None) -> GPT:
+        """The network with its weights, fp32 masters, computing in `dtype` (default by hardware)."""
+        model = GPT.build(self.config(), device, dtype or compute_dtype(device)[0])
+        try:
+            model.load_state_dict(self.model_state(device))
+        except RuntimeError as error:
+            raise UserError(
+                f"weights in {self.directory} do not fit their own configuration: {error}"
+            ) from None
+        return model
+
+    def _load(self, name: str, device: torch.device | str) -> dict:
+        try:
+            return torch.load(self.directory / name, map_location=device, weights_only=True)
+        except Exception as error:  # torch raises many kinds for a broken file
+            raise UserError(f"cannot read {self.directory / name}: {error}") from None
+
+
+def load_model(
+    source: str,
+    device: torch.device,
+    phase: str,
+    model_tag: str | None = None,
+    step: int | None = None,
+) -> tuple[GPT, RustBPETokenizer, dict]:
+    """(model, tokenizer, meta) of a stage's checkpoint; phase is "train" or "eval".
+
+    For "eval" the matrices are stored in the compute dtype once instead of being cast in every forward pass.
+    """
+    directory, step = locate(source, model_tag, step)
+    checkpoint = Checkpoint.open(directory, step)
+    model = checkpoint.model(device)
+    if phase == "eval":
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.to(model.compute_dtype)
+        model.eval().requires_grad_(False)
+    return model, checkpoint.tokenizer(), checkpoint.meta

@@ -1,0 +1,236 @@
+"""Mid-training and SFT: a base or mid model goes on with conversations, through the same loop as pretraining.
+
+The two stages differ in their settings, their mixture and in what counts as a target: every token of a
+conversation in mid-training, what the assistant says in SFT.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nanochat.common import print0
+from nanochat.configurator import as_dict, option
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nanochat.chat_loader import Conversations
+    from nanochat.checkpoint_manager import Checkpoint
+    from nanochat.common import World
+    from nanochat.gpt import GPT
+    from nanochat.optim import MuonAdamW
+    from nanochat.schedule import Schedule
+    from nanochat.tokenizer import RustBPETokenizer
+    from nanochat.trainer import Evaluation
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Settings that mid-training and SFT share. None: as in the run that made the source model."""
+
+    run: str = option("dummy", "wandb run name; dummy: no wandb")
+    device_type: str = option("", "cuda, mps or cpu; empty: the best there is")
+    compile: str = option("auto", "compile the step", choices=("auto", "on", "off"))
+    source: str = option("base", "stage whose model to start from", choices=("base", "mid", "sft"))
+    model_tag: str | None = option(None, "checkpoint folder to read and to write; default the largest")
+    model_step: int | None = option(None, "step of the source model; default the last")
+    load_optimizer: bool = option(True, "start from the source's optimizer state")
+    num_iterations: int = option(-1, "optimizer steps; -1: from --num-epochs")
+    num_epochs: int = option(1, "passes over the mixture")
+    max_seq_len: int | None = option(None, "context in tokens")
+    device_batch_size: int | None = option(None, "rows per micro-batch and rank")
+    total_batch_size: int | None = option(None, "tokens per step")
+    embedding_lr: float | None = option(None, "learning rate of the embedding tables (AdamW)")
+    unembedding_lr: float | None = option(None, "learning rate of the head (AdamW)")
+    matrix_lr: float | None = option(None, "learning rate of the matrices (Muon)")
+    weight_decay: float = option(0.0, "weight decay of the matrices")
+    init_lr_frac: float = option(1.0, "all learning rates are multiplied by this")
+    warmup_ratio: float = option(0.0, "part of the run with rising learning rate")
+    warmdown_ratio: float = option(0.2, "part of the run with falling learning rate")
+    final_lr_frac: float = option(0.0, "learning rate at the end, relative to the peak")
+    eval_every: int = option(150, "steps between validations; -1: off")
+    eval_tokens: int = option(20 * 524288, "validation tokens")
+    save_every: int = option(-1, "steps between checkpoints; -1: only at the end and when interrupted")
+    keep_last: int = option(0, "checkpoints to keep; 0: all")
+    resume: str = option("auto", "auto: continue the run in the folder; never: start over; or a step")
+    dry_run: bool = option(False, "train, but leave no checkpoint")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Batch of this run, inherited from the source where not set."""
+
+    max_seq_len: int
+    device_batch_size: int
+    total_batch_size: int
+
+
+def finetune(
+    cfg: FinetuneConfig,
+    stage: str,
+    title: str,
+    mixture: Callable[[], tuple[Conversations, Conversations]],
+    mask: bool,
+    more_evaluations: Callable[[GPT, RustBPETokenizer, World], tuple[Evaluation, ...]] | None = None,
+) -> None:
+    """Run one stage of training on conversations.
+
+    mixture: builds (training task, validation task). mask: only what the assistant says is a target.
+    """
+    from nanochat.chat_loader import ChatLoader
+    from nanochat.checkpoint_manager import Checkpoint, locate
+    from nanochat.common import distributed
+    from nanochat.scaling import REFERENCE_BATCH, accumulation_steps
+    from nanochat.stage import announce, announce_batch, announce_model, checkpoint_folder, finish
+    from nanochat.trainer import TrainingPlan, find_resume_point, train
+
+    with distributed(cfg.device_type) as world:
+        dtype, compiled = announce(world, cfg.compile)
+        source = Checkpoint.open(*locate(cfg.source, cfg.model_tag, cfg.model_step))
+        print0(f"source model: {source.directory} step {source.step}")
+        tokenizer, directory = source.tokenizer(), checkpoint_folder(stage, source.directory.name)
+        resume_from = find_resume_point(directory, world, cfg.resume)
+        model = (resume_from or source).model(world.device, dtype)
+        announce_model(model)
+
+        sizes = inherit_sizes(cfg, source, world)
+        total, rows, length = sizes.total_batch_size, sizes.device_batch_size, sizes.max_seq_len
+        accumulation = accumulation_steps(total, rows, length, world.size)
+        announce_batch(total, rows, length, world, accumulation)
+        train_task, val_task = mixture()
+        num_steps = count_steps(cfg, tokenizer, train_task, sizes, mask)
+        schedule = make_schedule(cfg, num_steps)
+        print0(f"{len(train_task):,} conversations, {num_steps:,} steps; {schedule.describe()}")
+        lr_scale = (total / REFERENCE_BATCH) ** 0.5
+        optimizer = make_optimizer(cfg, model, source, world, lr_scale)
+
+        found = (validation(cfg, model, tokenizer, val_task, sizes, world, mask),)
+        if more_evaluations is not None:
+            found += more_evaluations(model, tokenizer, world)
+        plan = TrainingPlan(
+            stage=stage,
+            directory=directory,
+            schedule=schedule,
+            total_batch_size=total,
+            accumulation=accumulation,
+            settings=as_dict(cfg),
+            run=cfg.run,
+            project=f"nanochat-{stage}",
+            evaluations=found,
+            save_every=cfg.save_every,
+            keep_last=cfg.keep_last,
+            compile=compiled,
+            save=not cfg.dry_run,
+            extra_meta={
+                "device_batch_size": rows,
+                "max_seq_len": length,
+                "lr_scale": lr_scale,
+                "source": {"stage": cfg.source, "step": source.step},
+            },
+        )
+        used: list[ChatLoader] = []
+
+        def make_loader(state: dict | None) -> ChatLoader:
+            used.append(ChatLoader(tokenizer, train_task, rows, length, world, mask=mask, state=state))
+            return used[-1]
+
+        state = train(plan, world, model, tokenizer, optimizer, make_loader, resume_from)
+        stats = {f"Data: {name}": value for name, value in used[0].stats().items()}
+        for name, value in stats.items():
+            print0(f"  {name}: {value:,}" if isinstance(value, int) else f"  {name}: {value:.4f}")
+        finish(title, plan, world, model, state, {"Training conversations": len(train_task), **stats})
+
+
+def inherit_sizes(cfg: FinetuneConfig, source: Checkpoint, world: World) -> Sizes:
+    """Fill what the flags leave open from the source's metadata, and say so."""
+    values = {}
+    for name, fallback in (("max_seq_len", 2048), ("device_batch_size", 32), ("total_batch_size", 524288)):
+        given, stored = getattr(cfg, name), source.meta.get(name, fallback)
+        values[name] = stored if given is None else given
+        print0(f"{name}: {values[name]:,} ({'as in the source run' if given is None else 'flag'})")
+    if cfg.device_batch_size is None:  # the source may have used another number of ranks
+        rows_per_step = values["total_batch_size"] // (values["max_seq_len"] * world.size)
+        fitting = range(min(values["device_batch_size"], max(rows_per_step, 1)), 0, -1)
+        values["device_batch_size"] = next((b for b in fitting if rows_per_step % b == 0), 1)
+    return Sizes(**values)
+
+
+def count_steps(
+    cfg: FinetuneConfig, tokenizer: RustBPETokenizer, task: Conversations, sizes: Sizes, mask: bool
+) -> int:
+    """Optimizer steps of the run: given, or as many as the packed rows of all epochs fill."""
+    from nanochat.chat_loader import count_rows
+
+    if cfg.num_iterations > 0:
+        return cfg.num_iterations
+    rows = count_rows(tokenizer, task, sizes.max_seq_len, mask=mask, epochs=cfg.num_epochs)
+    return max(rows // (sizes.total_batch_size // sizes.max_seq_len), 1)
+
+
+def make_schedule(cfg: FinetuneConfig, num_steps: int) -> Schedule:
+    from nanochat.schedule import Schedule
+
+    return Schedule(
+        num_steps=num_steps,
+        warmup_steps=round(cfg.warmup_ratio * num_steps),
+        warmdown_steps=round(cfg.warmdown_ratio * num_steps),
+        final_lr_frac=cfg.final_lr_frac,
+        momentum_warmup_steps=300,
+        momentum_peak=0.95,
+        momentum_end=0.95,
+        weight_decay=cfg.weight_decay,
+    )
+
+
+def make_optimizer(
+    cfg: FinetuneConfig, model: GPT, source: Checkpoint, world: World, lr_scale: float
+) -> MuonAdamW:
+    """Learning rates from the flags or the source run, scaled to this batch; moments from the source."""
+    base = source.meta["user_config"]
+    rates = {}
+    for name, fallback in (("embedding_lr", 0.3), ("unembedding_lr", 0.004), ("matrix_lr", 0.02)):
+        given = getattr(cfg, name)
+        peak = base.get(name) if given is None else given
+        rates[name] = (fallback if peak is None else peak) * lr_scale * cfg.init_lr_frac
+        print0(f"{name}: {rates[name]:.2e}")
+    scalar_lr = base.get("scalar_lr", 0.5) * lr_scale * cfg.init_lr_frac
+    optimizer = model.setup_optimizer(world, scalar_lr=scalar_lr, weight_decay=cfg.weight_decay, **rates)
+    if cfg.load_optimizer:
+        state = source.optimizer_state()
+        if state is None:
+            print0("the source has no optimizer state; starting with a fresh one")
+        else:
+            settings = [dict(group) for group in optimizer.param_groups]
+            optimizer.load_full_state_dict(state)
+            for group, own in zip(optimizer.param_groups, settings, strict=True):
+                group.update(own)  # the moments are the source's, the rates are this run's
+    return optimizer
+
+
+def validation(
+    cfg: FinetuneConfig,
+    model: GPT,
+    tokenizer: RustBPETokenizer,
+    task: Conversations,
+    sizes: Sizes,
+    world: World,
+    mask: bool,
+) -> Evaluation:
+    """Bits per byte on held-out conversations, with the same targets as in training."""
+    from nanochat.chat_loader import ChatLoader
+    from nanochat.loss_eval import evaluate_bpb
+    from nanochat.tokenizer import get_token_bytes
+    from nanochat.trainer import Evaluation
+
+    token_bytes = get_token_bytes(world.device)
+    rows, length = sizes.device_batch_size, sizes.max_seq_len
+
+    def measure(step: int) -> dict:
+        loader = ChatLoader(tokenizer, task, rows, length, world, mask=mask)
+        batches = max(cfg.eval_tokens // (rows * length * world.size), 1)
+        bpb = evaluate_bpb(model, loader, batches, token_bytes, world)
+        loader.close()
+        return {"val/bpb": bpb}
+
+    return Evaluation(cfg.eval_every, measure, at_start=True)

@@ -1,0 +1,477 @@
+"""The network, in two architectures from one set of parts.
+
+classic: rotary positions, QK norm, grouped queries, ReLU^2, untied embeddings, norms without parameters.
+modern:  classic plus sliding windows, residual scalars, value embeddings, smear and backout.
+
+B batch, T time, C width (n_embd), H heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanochat.common import UserError
+from nanochat.flash_attention import cached_attention, causal_attention
+from nanochat.kv_cache import Chunk, ContextOverflow, KVCache
+
+if TYPE_CHECKING:
+    from nanochat.common import World
+    from nanochat.optim import MuonAdamW
+
+NORM_EPS = 2.0**-23  # torch's default, fixed here because older releases used the input dtype's epsilon
+SMEAR_CHANNELS = 24
+PAD_VOCAB_TO = 64
+ROTARY_FACTOR = 10  # the rotary table covers this many training contexts
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Sizes and architecture of a network; defaults are the modern one. Stored in every checkpoint."""
+
+    sequence_len: int = 2048
+    vocab_size: int = 32768
+    n_layer: int = 12
+    n_head: int = 6
+    n_kv_head: int = 6
+    n_embd: int = 768
+    window_pattern: str = "SSSL"
+    rope_base: float = 100_000.0
+    rope_dtype: str = "compute"  # "bfloat16" emulates the rounding of early checkpoints
+    qk_scale: float = 1.2
+    logit_softcap: float = 15.0
+    short_window_divisor: int = 4
+    short_window_multiple: int = 128
+    use_lambdas: bool = True
+    use_value_embeds: bool = True
+    ve_gate_channels: int = 12
+    ve_gate_scale: float = 3.0
+    use_smear: bool = True
+    use_backout: bool = True
+
+    @classmethod
+    def modern(cls, **sizes) -> GPTConfig:
+        return cls(**sizes)
+
+    @classmethod
+    def classic(cls, **sizes) -> GPTConfig:
+        """What the Hugging Face NanoChat model implements."""
+        plain = cls(
+            window_pattern="L", rope_base=10_000.0, qk_scale=1.0, use_lambdas=False,
+            use_value_embeds=False, use_smear=False, use_backout=False,
+        )  # fmt: skip
+        return replace(plain, **sizes)
+
+    def __post_init__(self) -> None:
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if self.n_kv_head > self.n_head or self.n_head % self.n_kv_head:
+            raise UserError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        if self.head_dim % 2:
+            raise UserError(f"head size {self.head_dim} must be even for rotary positions")
+        if not self.window_pattern or set(self.window_pattern.upper()) - set("SL"):
+            raise UserError(f"window_pattern {self.window_pattern!r} may hold only S and L")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // PAD_VOCAB_TO) * PAD_VOCAB_TO
+
+    @property
+    def window_sizes(self) -> list[int]:
+        """Left window of each layer: the pattern repeated, but the last layer always sees everything."""
+        part = -(-self.sequence_len // self.short_window_divisor)
+        short = -(-part // self.short_window_multiple) * self.short_window_multiple
+        sizes = {"S": short, "L": self.sequence_len}
+        pattern = self.window_pattern.upper()
+        windows = [sizes[pattern[i % len(pattern)]] for i in range(self.n_layer)]
+        return [*windows[:-1], self.sequence_len]
+
+    def has_value_embed(self, layer: int) -> bool:
+        """Every second layer, counted so that the last one has a value embedding."""
+        return self.use_value_embeds and layer % 2 == (self.n_layer - 1) % 2
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    """RMS norm over the last dimension, without parameters."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions by -phi on (B, T, H, D), first half of D paired with the second."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
+
+
+class Linear(nn.Linear):
+    """A matrix kept in fp32 and multiplied in the dtype of its input."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self) -> None:
+        pass  # init_weights or a checkpoint sets the values
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    """A table of vectors, one per token."""
+
+    def reset_parameters(self) -> None:
+        pass  # init_weights or a checkpoint sets the values
+
+
+@dataclass
+class Context:
+    """What one forward pass shares between its layers."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    cache: KVCache | None = None
+    chunk: Chunk | None = None
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.window, self.head_dim = layer, config.window_sizes[layer], config.head_dim
+        self.qk_scale, self.gate_channels = config.qk_scale, config.ve_gate_channels
+        self.gate_scale = config.ve_gate_scale
+        kv_width = config.n_kv_head * config.head_dim
+        self.c_q = Linear(config.n_embd, config.n_embd)
+        self.c_k = Linear(config.n_embd, kv_width)
+        self.c_v = Linear(config.n_embd, kv_width)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        if config.has_value_embed(layer):
+            self.ve_gate = Linear(config.ve_gate_channels, config.n_kv_head)
+
+    def forward(self, x: torch.Tensor, value_embed: torch.Tensor | None, context: Context) -> torch.Tensor:
+        B, T, C = x.shape
+        q, k, v = (c(x).view(B, T, -1, self.head_dim) for c in (self.c_q, self.c_k, self.c_v))
+        if value_embed is not None:
+            gate = self.gate_scale * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))
+            v = v + gate.unsqueeze(-1) * value_embed.view_as(v)
+        q, k = (norm(rotate(h, context.cos, context.sin)) for h in (q, k))
+        if self.qk_scale != 1:
+            q, k = q * self.qk_scale, k * self.qk_scale
+        if context.cache is None or context.chunk is None:
+            y = causal_attention(q, k, v, self.window)
+        else:
+            keys, values = context.cache.insert(self.layer, context.chunk, k, v)
+            y = cached_attention(q, keys, values, context.chunk.mask(self.window))
+        return self.c_proj(y.reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor, value_embed: torch.Tensor | None, context: Context) -> torch.Tensor:
+        x = x + self.attn(norm(x), value_embed, context)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """Token ids (B, T) to logits (B, T, V) or to a loss."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        vocab, width = config.padded_vocab_size, config.n_embd
+        blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.transformer = nn.ModuleDict({"wte": Embedding(vocab, width), "h": blocks})
+        self.lm_head = Linear(width, vocab)
+        if config.use_lambdas:
+            self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
+            self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
+        if config.use_smear:
+            self.smear_gate = Linear(SMEAR_CHANNELS, 1)
+            self.smear_lambda = nn.Parameter(torch.empty(1))
+        if config.use_backout:
+            self.backout_lambda = nn.Parameter(torch.empty(1))
+        kv_width = config.n_kv_head * config.head_dim
+        self.value_embeds = nn.ModuleDict(
+            {str(i): Embedding(vocab, kv_width) for i in range(config.n_layer) if config.has_value_embed(i)}
+        )
+        for name in ("cos", "sin"):
+            self.register_buffer(name, torch.empty(0), persistent=False)
+
+    # --- initialisation --------------------------------------------------------------------------
+
+    @classmethod
+    def build(cls, config: GPTConfig, device: torch.device | str, compute_dtype: torch.dtype) -> GPT:
+        """Construct on the target device; weights are still undefined.
+
+        Not by way of the meta device, whose first use imports torch's compiler: 5 s at every start.
+        """
+        with torch.device(device):
+            model = cls(config, compute_dtype)
+        model.init_rotary()
+        if torch.device(device).type == "cuda" and compute_dtype == torch.bfloat16:
+            model.transformer["wte"].to(compute_dtype)  # halves the tables; fp16 could not be unscaled
+            model.value_embeds.to(compute_dtype)
+        return model
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw all parameters.
+
+        wte N(0, 0.8) (classic 1); lm_head N(0, 0.001); q, k, v uniform with std 1/sqrt(C); c_fc the same
+        times 0.4 (classic 1); projections back into the residual stream 0; value embeddings as v;
+        gates U(0, 0.02); resid_lambdas 1.15 to 1.05 and x0_lambdas 0.20 to 0.05 over the depth;
+        smear_lambda 0; backout_lambda 0.2. The order of draws is part of the format: all ranks seed alike.
+        """
+        config, modern = self.config, self.config.use_lambdas
+        bound = (3.0 / config.n_embd) ** 0.5
+        nn.init.normal_(self.transformer["wte"].weight, std=0.8 if modern else 1.0)
+        nn.init.normal_(self.lm_head.weight, std=0.001)
+        for block in self.blocks:
+            for matrix in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
+                nn.init.uniform_(matrix.weight, -bound, bound)
+            fc_bound = bound * (0.4 if modern else 1.0)
+            nn.init.uniform_(block.mlp.c_fc.weight, -fc_bound, fc_bound)
+            nn.init.zeros_(block.attn.c_proj.weight)
+            nn.init.zeros_(block.mlp.c_proj.weight)
+        if config.use_smear:
+            nn.init.uniform_(self.smear_gate.weight, 0.0, 0.02)
+            nn.init.zeros_(self.smear_lambda)
+        for table in self.value_embeds.values():
+            nn.init.uniform_(table.weight, -bound, bound)
+        for block in self.blocks:
+            if hasattr(block.attn, "ve_gate"):
+                nn.init.uniform_(block.attn.ve_gate.weight, 0.0, 0.02)
+        if config.use_lambdas:
+            depth = torch.arange(config.n_layer, device=self.get_device()) / max(config.n_layer - 1, 1)
+            self.resid_lambdas.copy_(1.15 - 0.10 * depth)
+            self.x0_lambdas.copy_(0.20 - 0.15 * depth)
+        if config.use_backout:
+            nn.init.constant_(self.backout_lambda, 0.2)
+        self.init_rotary()
+
+    def init_rotary(self) -> None:
+        """Fill the rotary tables (1, 10 * sequence_len, 1, D/2)."""
+        config, device = self.config, self.get_device()
+        half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+        frequency = 1.0 / (config.rope_base**half)
+        position = torch.arange(ROTARY_FACTOR * config.sequence_len, dtype=torch.float32, device=device)
+        angle = torch.outer(position, frequency)[None, :, None, :]
+        dtype = torch.bfloat16 if config.rope_dtype == "bfloat16" else self.compute_dtype
+        self.cos, self.sin = angle.cos().to(dtype), angle.sin().to(dtype)
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        return self.transformer["h"]  # pyright: ignore[reportReturnType]
+
+    def get_device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    # --- forward ---------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        kv_cache: KVCache | None = None,
+        loss_reduction: str = "mean",
+        lengths: Sequence[int] | torch.Tensor | None = None,
+        last_only: bool = False,
+    ) -> torch.Tensor:
+        """Logits (B, T, V) in fp32, or the loss if targets (B, T) int64 are given (-1 = not a target).
+
+        loss_reduction: "mean" over targets, "sum", or "none" for a flat (B*T,) vector.
+        kv_cache: rows continue where they stand; `lengths` of the T tokens of each row are real (default all).
+        last_only: logits (B, 1, V) of each row's last real position only.
+        """
+        x = self.hidden(idx, kv_cache, lengths)
+        if last_only:
+            x = _last_real(x, lengths)
+        if targets is not None:
+            return self._loss(x, targets, loss_reduction)
+        return self._logits(x)
+
+    def hidden(
+        self, idx: torch.Tensor, kv_cache: KVCache | None, lengths: Sequence[int] | torch.Tensor | None
+    ) -> torch.Tensor:
+        """Final normalised residual stream (B, T, C)."""
+        config = self.config
+        context = self._context(idx.size(1), kv_cache, lengths)
+        x = norm(self.transformer["wte"](idx).to(self.compute_dtype))
+        if config.use_smear:
+            x = self._smear(x, kv_cache, lengths)
+        x0 = middle = x
+        for layer, block in enumerate(self.blocks):
+            if config.use_lambdas:
+                x = self.resid_lambdas[layer] * x + self.x0_lambdas[layer] * x0
+            embed = self.value_embeds[str(layer)](idx).to(x.dtype) if config.has_value_embed(layer) else None
+            x = block(x, embed, context)
+            if layer == config.n_layer // 2:
+                middle = x
+        if config.use_backout:
+            x = x - self.backout_lambda.to(x.dtype) * middle
+        if kv_cache is not None and context.chunk is not None:
+            kv_cache.advance(context.chunk.lengths)
+        return norm(x)
+
+    def _context(
+        self, width: int, cache: KVCache | None, lengths: Sequence[int] | torch.Tensor | None
+    ) -> Context:
+        table = self.cos.size(1)
+        if cache is None:
+            if width > table:
+                raise ContextOverflow(f"{width} tokens exceed the rotary table of {table} positions")
+            return Context(self.cos[:, :width], self.sin[:, :width])
+        chunk = cache.begin(width, lengths)
+        if chunk.total > table:
+            raise ContextOverflow(f"position {chunk.total} exceeds the rotary table of {table} positions")
+        if chunk.is_uniform:
+            span = slice(chunk.start[0], chunk.total)
+            return Context(self.cos[:, span], self.sin[:, span], cache, chunk)
+        positions = chunk.positions()
+        return Context(self.cos[0, positions], self.sin[0, positions], cache, chunk)
+
+    def _smear(
+        self, x: torch.Tensor, cache: KVCache | None, lengths: Sequence[int] | torch.Tensor | None
+    ) -> torch.Tensor:
+        """Mix a gated part of the previous token's embedding into each token's; position 0 has none."""
+        if cache is None or cache.prev_embedding is None:
+            previous = torch.zeros_like(x[:, :1])
+        else:
+            previous = cache.prev_embedding
+        if cache is not None:
+            cache.prev_embedding = _last_real(x, lengths).clone()
+        shifted = torch.cat([previous, x[:, :-1]], dim=1)
+        gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
+        return x + gate * shifted
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        logits = self.lm_head(x)[..., : self.config.vocab_size].float()
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(logits / cap)
+
+    def _loss(self, x: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
+        logits = self._logits(x).view(-1, self.config.vocab_size)
+        return F.cross_entropy(logits, targets.reshape(-1), ignore_index=-1, reduction=reduction)
+
+    # --- accounting ------------------------------------------------------------------------------
+
+    def num_scaling_params(self) -> dict[str, int]:
+        """Parameters by kind; `transformer_matrices` + `lm_head` is the count that scaling laws use."""
+        counts = {
+            "wte": self.transformer["wte"].weight.numel(),
+            "value_embeds": sum(p.numel() for p in self.value_embeds.parameters()),
+            "lm_head": self.lm_head.weight.numel(),
+            "transformer_matrices": sum(p.numel() for p in self.transformer["h"].parameters()),
+        }
+        total = sum(p.numel() for p in self.parameters())
+        return {**counts, "scalars": total - sum(counts.values()), "total": total}
+
+    def estimate_flops(self) -> int:
+        """FLOPs per trained token, forward and backward: 6 per matrix weight plus attention's products."""
+        matrices = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
+        if self.config.use_smear:
+            matrices -= SMEAR_CHANNELS
+        length, width = self.config.sequence_len, self.config.n_embd
+        return 6 * matrices + sum(12 * width * min(window, length) for window in self.config.window_sizes)
+
+    # --- optimiser -------------------------------------------------------------------------------
+
+    def setup_optimizer(
+        self,
+        world: World | None = None,
+        unembedding_lr: float = 0.008,
+        embedding_lr: float = 0.3,
+        matrix_lr: float = 0.02,
+        scalar_lr: float = 0.5,
+        weight_decay: float = 0.0,
+    ) -> MuonAdamW:
+        """AdamW for tables and scalars, Muon for the blocks' matrices, one group per shape."""
+        from nanochat.optim import MuonAdamW
+
+        width_scale = (self.config.n_embd / 768) ** -0.5  # tables learn slower in wider models
+
+        def adamw(
+            params: Sequence[nn.Parameter], lr: float, betas: tuple[float, float], decay: float
+        ) -> dict:
+            common = {"kind": "adamw", "eps": 1e-10, "params": list(params)}
+            return {**common, "lr": lr, "betas": betas, "weight_decay": decay}
+
+        table_lr = embedding_lr * width_scale
+        groups = [
+            adamw([self.lm_head.weight], unembedding_lr * width_scale, (0.8, 0.96), 0.01),
+            adamw([self.transformer["wte"].weight], table_lr, (0.8, 0.995), 0.001),
+        ]
+        if self.config.use_value_embeds:
+            groups.append(adamw([*self.value_embeds.parameters()], 0.5 * table_lr, (0.8, 0.995), 0.01))
+        if self.config.use_lambdas:
+            groups.append(adamw([self.resid_lambdas], 0.01 * scalar_lr, (0.8, 0.95), 0.05))
+            groups.append(adamw([self.x0_lambdas], scalar_lr, (0.96, 0.95), 0.0))
+        rest = [self.smear_gate.weight, self.smear_lambda] if self.config.use_smear else []
+        rest += [self.backout_lambda] if self.config.use_backout else []
+        if rest:
+            groups.append(adamw(rest, 0.2, (0.8, 0.95), 0.0))
+        matrices = list(self.transformer["h"].parameters())
+        for shape in sorted({tuple(p.shape) for p in matrices}):
+            same = [p for p in matrices if tuple(p.shape) == shape]
+            muon = {"kind": "muon", "momentum": 0.95, "ns_steps": 5, "beta2": 0.9, "params": same}
+            groups.append({**muon, "lr": matrix_lr, "weight_decay": weight_decay})
+        assert sum(len(g["params"]) for g in groups) == len(list(self.parameters()))
+        return MuonAdamW(groups, world=world, compute_dtype=self.compute_dtype)
+
+    # --- reference generation --------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        tokens: list[int],
+        max_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 42,
+    ) -> Iterator[int]:
+        """Yield new token ids one by one, without a cache: slow, obvious, what the engine must equal."""
+        ids = torch.tensor([tokens], dtype=torch.long, device=self.get_device())
+        generator = torch.Generator(device=ids.device).manual_seed(seed)
+        for _ in range(max_tokens):
+            logits = self.forward(ids, last_only=True)[:, 0]
+            if temperature == 0:
+                chosen = logits.argmax(dim=-1, keepdim=True)
+            else:
+                if top_k:
+                    kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth, -torch.inf)
+                chosen = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+            ids = torch.cat([ids, chosen], dim=1)
+            yield int(chosen)
+
+
+def _last_real(x: torch.Tensor, lengths: Sequence[int] | torch.Tensor | None) -> torch.Tensor:
+    """Each row's last real position of x (B, T, C) -> (B, 1, C)."""
+    if lengths is None:
+        return x[:, -1:]
+    last = torch.as_tensor(lengths, device=x.device, dtype=torch.long) - 1
+    return x[torch.arange(x.size(0), device=x.device), last][:, None]

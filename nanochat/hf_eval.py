@@ -1,0 +1,73 @@
+"""A Hugging Face causal language model behind the interface that our evaluations use."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from nanochat.common import UserError
+from nanochat.tokenizer_hf import HuggingFaceTokenizer
+
+GPT2_CONTEXT = 1024
+
+
+class HuggingFaceModel:
+    """Logits or losses of a `transformers` model. max_seq_len is None where nothing limits it."""
+
+    def __init__(self, model: torch.nn.Module, max_seq_len: int | None) -> None:
+        self.model, self.max_seq_len = model, max_seq_len
+
+    @classmethod
+    def from_pretrained(cls, path: str, device: torch.device) -> HuggingFaceModel:
+        """Load a model of the hub or of a local folder."""
+        try:
+            from transformers import AutoModelForCausalLM
+        except ImportError:
+            raise UserError("--hf-path needs the package transformers; run: uv sync --group dev") from None
+        try:
+            model = cast(torch.nn.Module, AutoModelForCausalLM.from_pretrained(path))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot load the model {path}: {str(error).splitlines()[0]}") from None
+        return cls(model.to(device).eval(), GPT2_CONTEXT if "gpt2" in path else None)
+
+    def get_device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    def __call__(
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None, loss_reduction: str = "mean"
+    ) -> torch.Tensor:
+        """Logits (B, T, V), or the loss at targets (B, T) with -1 ignored."""
+        logits = self.model(idx).logits
+        if targets is None:
+            return logits
+        flat = logits.float().view(-1, logits.size(-1))
+        return F.cross_entropy(flat, targets.view(-1), ignore_index=-1, reduction=loss_reduction)
+
+
+class DocumentEncoder:
+    """A Hugging Face tokenizer as the pretraining loader wants it."""
+
+    def __init__(self, tokenizer: HuggingFaceTokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def get_bos_token_id(self) -> int:
+        return self.tokenizer.get_bos_token_id()
+
+    def encode_arrays(self, texts: list[str], prepend: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = self.tokenizer.encode(texts, prepend=prepend)
+        offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+        return np.concatenate([np.array(row, dtype=np.int64) for row in rows]), offsets
+
+
+def token_bytes(tokenizer: HuggingFaceTokenizer) -> torch.Tensor:
+    """int32 (vocabulary,): bytes of text of each token of a byte-level vocabulary, 0 for special tokens."""
+    special = {tokenizer.encode_special(text) for text in tokenizer.get_special_tokens()}
+    lengths = [
+        0 if token in special else len(tokenizer.decode_single_token_bytes(token))
+        for token in range(tokenizer.get_vocab_size())
+    ]
+    return torch.tensor(lengths, dtype=torch.int32)

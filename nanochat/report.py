@@ -1,0 +1,337 @@
+"""The training report: every stage logs a section, `generate` makes report.md, report.json and the plots.
+
+    python -m nanochat.report [generate|reset|show|json]
+
+`<base>/report` holds header.md, run.json, and per section <slug>.md (to read) and <slug>.json (to compute
+with). Metrics come from the JSON only: model output that looks like a metric line changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+
+from nanochat import environment
+from nanochat.common import UserError, get_base_dir, get_dist_info, print0, read_json, whole_file, write_json
+from nanochat.report_render import (
+    TASKS,
+    Item,
+    format_seconds,
+    header_markdown,
+    rich_section,
+    section_markdown,
+    summary_table,
+    table,
+)
+
+# Order of the report. Stages that a run leaves out are simply absent.
+SECTIONS = (
+    "tokenizer-training", "tokenizer-evaluation", "base-model-training", "base-model-loss",
+    "base-model-evaluation", "midtraining", "chat-evaluation-mid", "chat-sft", "chat-evaluation-sft",
+    "chat-rl", "chat-evaluation-rl", "inference-benchmark",
+)  # fmt: skip
+STAGES = ("base", "mid", "sft", "rl")
+
+
+def slug_of(section: str) -> str:
+    """File name of a section title."""
+    return section.lower().replace(" ", "-").replace("/", "-")
+
+
+class Report:
+    """The report folder of one run."""
+
+    def __init__(self, folder: Path, checkpoints: Path | None = None) -> None:
+        """folder holds the sections; checkpoints (default: its parent) holds `<stage>_checkpoints`."""
+        self.folder = folder
+        self.base = checkpoints or folder.parent
+        folder.mkdir(parents=True, exist_ok=True)
+
+    # --- one run -------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Start a new run: forget all sections, write the header and a new run id."""
+        for path in self.folder.iterdir():
+            if path.suffix in (".md", ".json"):
+                path.unlink()
+        shutil.rmtree(self.folder / "report_files", ignore_errors=True)
+        hardware = environment.hardware_facts()
+        git, software = environment.git_facts(environment.project_root()), environment.software_facts()
+        bloat, usd = (
+            environment.bloat_facts(environment.project_root()),
+            environment.hourly_usd(hardware.gpus),
+        )
+        started = _now()
+        text = header_markdown(_plain(started), git, hardware, software, bloat, usd)
+        with whole_file(self.folder / "header.md", "w") as file:
+            file.write(f"{text}Run started: {_plain(started)}\n\n---\n\n")
+        facts = {"git": git, "hardware": hardware, "software": software, "bloat": bloat}
+        run = {"run_id": uuid.uuid4().hex[:12], "started": started, "hourly_usd": usd}
+        write_json(self.folder / "run.json", run | {name: asdict(fact) for name, fact in facts.items()})
+
+    def log(self, section: str, data: Sequence[Item]) -> Path:
+        """Write a section and return its path: strings verbatim, dicts as lists, empty items left out."""
+        slug, stamp = slug_of(section), _now()
+        items = [item if isinstance(item, str) else _plain_dict(item) for item in data if item]
+        record = {
+            "section": section, "slug": slug, "timestamp": stamp, "run_id": self._run().get("run_id"),
+            "command": _command(), "items": items,
+        }  # fmt: skip
+        path = self.folder / f"{slug}.md"
+        with whole_file(path, "w") as file:
+            file.write(section_markdown(section, _plain(stamp), items))
+        write_json(self.folder / f"{slug}.json", record)
+        return path
+
+    def _run(self) -> dict:
+        path = self.folder / "run.json"
+        return read_json(path) if path.exists() else {}
+
+    def sections(self) -> list[dict]:
+        """All logged sections in the order of the report, unknown ones last by name."""
+        found = []
+        for path in self.folder.glob("*.json"):
+            if path.name not in ("run.json", "report.json"):
+                found.append(read_json(path))
+        known = {slug: place for place, slug in enumerate(SECTIONS)}
+        return sorted(found, key=lambda s: (known.get(s["slug"], len(known)), s["slug"]))
+
+    # --- the report ----------------------------------------------------------------------------------
+
+    def generate(self, copy_to: Path | None = None) -> Path:
+        """Write report.md, report.json and report_files/*.png, and copy them to a folder (default: here)."""
+        started = time.monotonic()
+        run, sections = self._run(), self.sections()
+        own = [s for s in sections if s["run_id"] == run.get("run_id")]
+        stages = self._pipeline_stages()
+        summary = _summarize(run, own, stages)
+        plots = self._plots(summary["metrics"], run)
+        path = self.folder / "report.md"
+        with whole_file(path, "w") as file:
+            file.write(self._text(run, sections, own, summary, stages, plots))
+        write_json(
+            self.folder / "report.json",
+            {
+                "header": run,
+                "sections": sections,
+                "summary": {"metrics": summary["metrics"]},
+                **{key: summary[key] for key in ("wall_clock_seconds", "stage_seconds", "cost_usd")},
+                "bloat": run.get("bloat", {}),
+                "plots": [name for name, _ in plots],
+            },
+        )
+        copy = self._copy(copy_to or Path.cwd())
+        print0(f"report: {copy} ({len(own)} sections, {len(plots)} plots, {time.monotonic() - started:.1f}s)")
+        return path
+
+    def _pipeline_stages(self) -> list[dict]:
+        path = self.base / "run" / "stages.json"
+        return read_json(path)["stages"] if path.exists() else []
+
+    def _plots(self, metrics: dict, run: dict) -> list[tuple[str, str]]:
+        """(file name, title) of the plots, drawn anew from the metrics of this run's checkpoints."""
+        from nanochat.plots import draw_all
+
+        started = datetime.fromisoformat(run["started"]).timestamp() if run else 0.0
+        return draw_all(self.base, metrics, self.folder / "report_files", started)
+
+    def _text(
+        self, run: dict, sections: list, own: list, summary: dict, stages: list, plots: list[tuple[str, str]]
+    ) -> str:
+        header = self.folder / "header.md"
+        title, _, rest = (
+            header.read_text(encoding="utf-8").partition("## Environment")
+            if header.exists()
+            else (
+                "# nanochat training report\n\n",
+                "",
+                "\nunknown: `reset` was not called before this run\n\n",
+            )
+        )
+        parts = [title, "## Summary\n\n", *_summary_lines(run, summary)]
+        parts += [f"![{caption}](report_files/{name})\n\n" for name, caption in plots]
+        if stages:
+            parts += ["## Stages\n\n", _stage_table(stages), "\n", _commands(stages), "\n"]
+        for section in sections:
+            foreign = "*This section is from an earlier run.*\n" if section not in own else ""
+            parts.append(rich_section(section, foreign) + "\n")
+        return "".join([*parts, "## Environment", rest]).rstrip("-\n ") + "\n"
+
+    def _copy(self, target: Path) -> Path:
+        copy = target / "report.md"
+        if target.resolve() != self.folder.resolve():
+            with whole_file(copy, "w") as file:
+                file.write((self.folder / "report.md").read_text(encoding="utf-8"))
+            shutil.rmtree(target / "report_files", ignore_errors=True)
+            if (self.folder / "report_files").exists():
+                shutil.copytree(self.folder / "report_files", target / "report_files")
+        return copy
+
+
+class DummyReport:
+    """What ranks other than 0 log to: nowhere."""
+
+    def log(self, section: str, data: Sequence[Item]) -> None:
+        pass
+
+    def reset(self) -> None:
+        pass
+
+    def generate(self, copy_to: Path | None = None) -> None:
+        pass
+
+
+def get_report() -> Report | DummyReport:
+    """The report of the base folder on rank 0, one that does nothing on the others."""
+    return Report(get_base_dir() / "report") if get_dist_info()[1] == 0 else DummyReport()
+
+
+# --- what a section records --------------------------------------------------------------------------
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _plain(stamp: str) -> str:
+    return datetime.fromisoformat(stamp).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _plain_dict(item: object) -> dict[str, object]:
+    """A dict of JSON values: numpy and torch scalars become numbers, everything else unknown its text."""
+    assert isinstance(item, dict), f"a section holds strings and dicts, not {type(item).__name__}"
+    return {str(key): _plain_value(value) for key, value in item.items()}
+
+
+def _plain_value(value: object) -> object:
+    if hasattr(value, "item"):
+        value = value.item()  # pyright: ignore[reportAttributeAccessIssue]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _command() -> str | None:
+    """The command line of this process as one would type it, if it runs as a module."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if spec is None:
+        return None
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    launcher = f"torchrun --standalone --nproc_per_node={world_size}" if world_size > 1 else "python"
+    name = spec.name.removesuffix(".__main__")
+    return f"{launcher} -m {name} {shlex.join(sys.argv[1:])}".rstrip()
+
+
+# --- summary -----------------------------------------------------------------------------------------
+
+
+def _summarize(run: dict, sections: list[dict], stages: list[dict]) -> dict:
+    """Metrics by stage, durations in seconds, and cost in dollars (None where unknown)."""
+    ends = [datetime.fromisoformat(section["timestamp"]) for section in sections]
+    seconds = None
+    if run and ends:
+        seconds = (max(ends) - datetime.fromisoformat(run["started"])).total_seconds()
+        seconds = seconds if seconds >= 0 else None
+    stage_seconds = {stage["name"]: stage["seconds"] for stage in stages if stage["seconds"] is not None}
+    busy = sum(stage_seconds.values()) if stage_seconds else seconds
+    usd = run.get("hourly_usd")
+    return {
+        "metrics": _metrics(sections), "wall_clock_seconds": seconds, "stage_seconds": stage_seconds,
+        "busy_seconds": busy, "cost_usd": usd * busy / 3600 if usd is not None and busy is not None else None,
+    }  # fmt: skip
+
+
+def _metrics(sections: list[dict]) -> dict[str, dict[str, float]]:
+    """{metric: {stage: value}} of the summary table."""
+    wanted: dict[str, tuple[str, dict[str, str]]] = {
+        "base-model-training": ("base", {"Final core_metric": "CORE", "Final val/bpb": "val bpb"}),
+        "base-model-loss": ("base", {"val bpb": "val bpb"}),
+        "base-model-evaluation": ("base", {"CORE metric": "CORE", "val bpb": "val bpb"}),
+    }
+    tasks = {task: task for task in TASKS} | {"ChatCORE metric": "ChatCORE"}
+    wanted |= {f"chat-evaluation-{stage}": (stage, tasks) for stage in STAGES}
+    metrics: dict[str, dict[str, float]] = {}
+    for section in sections:
+        stage, names = wanted.get(section["slug"], ("", {}))
+        for item in section["items"]:
+            for key, value in item.items() if isinstance(item, dict) else ():
+                if key in names and isinstance(value, float | int):
+                    metrics.setdefault(names[key], {})[stage] = float(value)
+    return metrics
+
+
+def shown_stages(metrics: dict[str, dict[str, float]]) -> list[str]:
+    """Columns of the summary table: the stages that were evaluated, BASE and SFT always."""
+    ran = {stage for scores in metrics.values() for stage in scores}
+    return [stage for stage in STAGES if stage in ran or stage in ("base", "sft")]
+
+
+def _summary_lines(run: dict, summary: dict) -> list[str]:
+    lines = [summary_table(summary["metrics"], shown_stages(summary["metrics"])), "\n"]
+    lines.append(f"Total wall clock time: {format_seconds(summary['wall_clock_seconds'])}\n")
+    if summary["stage_seconds"]:
+        lines.append(f"\nTime in stages: {format_seconds(summary['busy_seconds'])}\n")
+    if summary["cost_usd"] is not None:
+        hours = summary["busy_seconds"] / 3600
+        lines.append(
+            f"\nEstimated cost: ${summary['cost_usd']:.2f} (${run['hourly_usd']:.2f}/hour x {hours:.2f} h)\n"
+        )
+    if run:
+        bloat = environment.Bloat(**run["bloat"])
+        lines.append(
+            f"\nThe code of this run: {bloat.lines:,} lines in {bloat.files:,} files, "
+            f"about {bloat.tokens:,} tokens\n"
+        )
+    return [*lines, "\n"]
+
+
+def _stage_table(stages: list[dict]) -> str:
+    rows = [
+        [stage["name"], stage["about"], format_seconds(stage["seconds"]) if stage["seconds"] else "-"]
+        for stage in stages
+    ]
+    return table(["Stage", "What it does", "Time"], rows, align="<<>")
+
+
+def _commands(stages: list[dict]) -> str:
+    shown = "\n".join(stage["command"] for stage in stages)
+    return f"<details><summary>Commands</summary>\n\n```bash\n{shown}\n```\n\n</details>\n"
+
+
+# --- command line ------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run one of the actions; generate is the default."""
+    action = argv[0] if argv else "generate"
+    if action not in ("generate", "reset", "show", "json") or len(argv) > 1:
+        raise UserError(f"report {' '.join(argv)!r}: use one of generate, reset, show, json")
+    report = get_report()
+    if isinstance(report, DummyReport):
+        return
+    if action == "generate":
+        report.generate()
+    elif action == "reset":
+        report.reset()
+    elif action == "json":
+        print(json.dumps(read_json(report.folder / "report.json")))
+    else:
+        path = report.folder / "report.md"
+        if not path.exists():
+            raise UserError(f"{path} does not exist; run: python -m nanochat.report generate")
+        print(path.read_text(encoding="utf-8"), end="")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

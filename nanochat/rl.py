@@ -1,0 +1,249 @@
+"""The loop of reinforcement learning: sample groups of answers, weigh them, update.
+
+Shares optimizer, schedule, checkpoints, metrics and resuming with the training loop.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from nanochat.checkpoint_manager import Checkpoint, save_checkpoint, update_meta
+from nanochat.common import World, print0
+from nanochat.engine import Completion, Engine, SamplingParams
+from nanochat.gpt import GPT
+from nanochat.metrics import MetricsLog, StatusLine, duration
+from nanochat.optim import MuonAdamW
+from nanochat.report import get_report
+from nanochat.schedule import Schedule
+from nanochat.tokenizer import RustBPETokenizer
+from nanochat.trainer import graceful_stop, stop_requested
+
+
+class RewardedTask(Protocol):
+    """Conversations whose last assistant message is the reference, and a reward for an answer's text."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict: ...
+
+    def reward(self, conversation: dict, completion: str, /) -> float: ...
+
+
+@dataclass(frozen=True)
+class Group:
+    """The answers to one question. advantages = rewards - their mean."""
+
+    prompt: list[int]
+    answers: list[Completion]
+    rewards: list[float]
+
+    @property
+    def advantages(self) -> list[float]:
+        mean = sum(self.rewards) / len(self.rewards)
+        return [reward - mean for reward in self.rewards]
+
+    @property
+    def is_informative(self) -> bool:
+        """Whether the rewards differ; otherwise the group's gradient is exactly zero."""
+        return min(self.rewards) != max(self.rewards)
+
+
+@dataclass(frozen=True)
+class GroupSampler:
+    """Samples `num_samples` answers per question with the engine, all questions of a step in one batch."""
+
+    engine: Engine
+    tokenizer: RustBPETokenizer
+    num_samples: int
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+
+    def sample(self, task: RewardedTask, indices: Sequence[int], step: int) -> list[Group]:
+        """Groups for these questions; the seeds depend on step, question and sample only."""
+        conversations = [task[i] for i in indices]
+        prompts = [self.tokenizer.render_for_completion(c) for c in conversations]
+        params = [
+            SamplingParams(self.temperature, self.top_k, self.max_new_tokens, seed=_seed(step, i, sample))
+            for i in indices
+            for sample in range(self.num_samples)
+        ]
+        repeated = [prompt for prompt in prompts for _ in range(self.num_samples)]
+        answers = self.engine.complete_many(repeated, params)
+        groups = []
+        for i, (conversation, prompt) in enumerate(zip(conversations, prompts, strict=True)):
+            own = answers[i * self.num_samples : (i + 1) * self.num_samples]
+            rewards = [task.reward(conversation, self.tokenizer.decode(answer.content)) for answer in own]
+            groups.append(Group(prompt, own, rewards))
+        return groups
+
+
+def _seed(step: int, question: int, sample: int) -> int:
+    return (step * 1_000_003 + question * 1_009 + sample) & 0x7FFFFFFF
+
+
+@dataclass(frozen=True)
+class RLPlan:
+    """What the loop needs besides model, optimizer and task."""
+
+    directory: Path
+    schedule: Schedule
+    settings: dict
+    examples_per_step: int  # over all ranks
+    device_batch_size: int
+    eval_every: int
+    save_every: int
+    keep_last: int
+    run: str = "dummy"
+
+
+def train_rl(
+    plan: RLPlan,
+    world: World,
+    model: GPT,
+    tokenizer: RustBPETokenizer,
+    optimizer: MuonAdamW,
+    task: RewardedTask,
+    sampler: GroupSampler,
+    evaluate: Callable[[], dict[str, float]],
+    resume_from: Checkpoint | None,
+) -> None:
+    """Train until the schedule ends; saves before it evaluates. SIGTERM and Ctrl-C save and stop."""
+    step, seconds, results = 0, 0.0, {}
+    if resume_from is not None:
+        step, seconds = resume_from.step, resume_from.meta["total_training_time"]
+        optimizer.load_full_state_dict(resume_from.optimizer_state() or {})
+        print0(f"resuming rl at step {step} from {resume_from.directory}")
+    first_step, last_step = step, plan.schedule.num_steps
+    status = StatusLine(is_main=world.is_main)
+    log = MetricsLog(
+        plan.directory,
+        is_main=world.is_main,
+        resume_step=step if resume_from else None,
+        project="nanochat-rl",
+        run=plan.run,
+        config=plan.settings,
+    )
+
+    def save() -> None:
+        state = optimizer.full_state_dict()
+        if world.is_main:
+            meta = {"stage": "rl", "user_config": plan.settings, "num_steps": last_step}
+            meta |= {"total_training_time": seconds, "results": results, "world_size": world.size}
+            save_checkpoint(plan.directory, step, model, meta, state, tokenizer, plan.keep_last)
+            status.note(f"saved step {step} in {plan.directory}")
+        world.barrier()
+
+    with log, graceful_stop() as stop:
+        while True:
+            every = plan.save_every
+            if step > first_step and (step == last_step or (every > 0 and step % every == 0)):
+                save()
+            if plan.eval_every > 0 and (step % plan.eval_every == 0 or step == last_step):
+                results = evaluate()
+                log.log(step, dict(results))
+                shown = ", ".join(f"{name} {value:.4f}" for name, value in results.items())
+                status.note(f"step {step:04d} | {shown}")
+            if step >= last_step:
+                break
+            if stop_requested(stop, world):
+                save()
+                raise KeyboardInterrupt
+            started = time.perf_counter()
+            measured = _step(plan, world, model, tokenizer, optimizer, task, sampler, step)
+            step += 1
+            seconds += time.perf_counter() - started
+            log.log(step, {**measured, "total_training_time": seconds}, kind="train")
+            left = duration(seconds / max(step - first_step, 1) * (last_step - step))
+            status.show(
+                f"step {step:04d}/{last_step:04d} | reward {measured['reward']:.4f}"
+                f" | length {measured['sequence_length']:.1f} | {left} left",
+                final=step == last_step,
+            )
+    if world.is_main:
+        update_meta(plan.directory, step, {"results": results})
+        outcome = {"Number of iterations": last_step, "Total training time": duration(seconds), **results}
+        get_report().log(section="Chat RL", data=[plan.settings, outcome])
+
+
+def _step(
+    plan: RLPlan,
+    world: World,
+    model: GPT,
+    tokenizer: RustBPETokenizer,
+    optimizer: MuonAdamW,
+    task: RewardedTask,
+    sampler: GroupSampler,
+    step: int,
+) -> dict[str, float]:
+    """Sample, weigh, update once. Returns means over all ranks."""
+    first = step * plan.examples_per_step
+    indices = [i % len(task) for i in range(first + world.rank, first + plan.examples_per_step, world.size)]
+    model.eval()
+    groups = sampler.sample(task, indices, step)
+    model.train()
+    informative = [group for group in groups if group.is_informative]
+    num_tokens = sum(sum(answer.masks) for group in informative for answer in group.answers)
+    rewards = [reward for group in groups for reward in group.rewards]
+    lengths = [len(answer.tokens) for group in groups for answer in group.answers]
+    sums = [num_tokens, sum(rewards), sum(lengths), len(rewards), len(informative), len(groups)]
+    totals = world.sum(torch.tensor(sums, dtype=torch.float64, device=world.device)).tolist()
+
+    # With no informative group anywhere the gradient is zero, but Muon's momentum would still move the weights.
+    if totals[0] > 0:
+        _backward(plan, model, tokenizer, informative, totals[0])
+        plan.schedule.apply(optimizer, step)
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+    return {
+        "reward": totals[1] / totals[3],
+        "sequence_length": totals[2] / totals[3],
+        "informative_groups": totals[4] / totals[5],
+        "train/lrm": plan.schedule.lr_multiplier(step),
+    }
+
+
+def _backward(
+    plan: RLPlan, model: GPT, tokenizer: RustBPETokenizer, groups: list[Group], num_tokens: float
+) -> None:
+    """Add up the policy gradient of all answers, in micro-batches of answers of similar length."""
+    rows = [
+        (group.prompt, answer, advantage)
+        for group in groups
+        for answer, advantage in zip(group.answers, group.advantages, strict=True)
+    ]
+    rows.sort(key=lambda row: len(row[0]) + len(row[1].tokens))
+    pad, device = tokenizer.encode_special("<|assistant_end|>"), model.get_device()
+    for start in range(0, len(rows), plan.device_batch_size):
+        inputs, targets, weights = policy_batch(rows[start : start + plan.device_batch_size], pad, device)
+        losses = model(inputs, targets, loss_reduction="none").view_as(targets)
+        # the engine samples from these logits, so -loss is the log-probability of each sampled token
+        loss = (losses * weights[:, None]).sum() / num_tokens
+        assert math.isfinite(loss.item()), "policy loss is not finite"
+        loss.backward()
+    if not rows:  # other ranks have gradients; all take part in their sum
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def policy_batch(
+    rows: Sequence[tuple[list[int], Completion, float]], pad: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """inputs and targets (B, T) int64, targets -1 wherever the model did not choose; advantages (B,)."""
+    width = max(len(prompt) + len(answer.tokens) for prompt, answer, _ in rows)
+    inputs = torch.full((len(rows), width), pad)
+    targets = torch.full((len(rows), width), -1)
+    for row, (prompt, answer, _) in enumerate(rows):
+        ids = torch.tensor(prompt + answer.tokens)
+        chosen = torch.tensor([0] * len(prompt) + answer.masks, dtype=torch.bool)
+        inputs[row, : len(ids)] = ids
+        targets[row, : len(ids)] = torch.where(chosen, ids, -1)
+    advantages = torch.tensor([advantage for *_, advantage in rows])
+    return inputs[:, :-1].to(device), targets[:, 1:].to(device), advantages.to(device)

@@ -1,0 +1,237 @@
+"""From logits to token ids, for many rows with different settings at once.
+
+Randomness is counter-based: the number drawn for a token depends only on the request's seed, its stream and
+the token's position, never on what else is in the batch. B rows, V vocabulary, K candidates.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+_MASK64 = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose the tokens of one request. Raises ValueError for values without a meaning.
+
+    temperature 0 is greedy. top_k None or 0, top_p 1, min_p 0, penalties 0 (repetition: 1) are off.
+    max_tokens None is up to the context's end. seed None is a fresh one for each request.
+    stop_tokens end the answer besides <|assistant_end|> and <|bos|>. logprobs is how many alternatives to
+    report with each token's natural-log probability under the unmodified model; None reports nothing.
+    extend_context allows going beyond the trained context, up to the rotary table's end.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    max_tokens: int | None = None
+    seed: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop_tokens: frozenset[int] = frozenset()
+    logprobs: int | None = None
+    extend_context: bool = False
+
+    def __post_init__(self) -> None:
+        checks = {
+            f"temperature={self.temperature} must be a number >= 0": 0 <= self.temperature < math.inf,
+            f"max_tokens={self.max_tokens} must be >= 0": self.max_tokens is None or self.max_tokens >= 0,
+            f"top_p={self.top_p} must be in (0, 1]": 0 < self.top_p <= 1,
+            f"min_p={self.min_p} must be in [0, 1]": 0 <= self.min_p <= 1,
+            f"repetition_penalty={self.repetition_penalty} must be > 0": self.repetition_penalty > 0,
+            f"logprobs={self.logprobs} must be >= 0": self.logprobs is None or self.logprobs >= 0,
+        }
+        wrong = [text for text, holds in checks.items() if not holds]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        if self.top_k is not None and self.top_k <= 0:
+            object.__setattr__(self, "top_k", None)
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether the logits are changed before candidates are chosen."""
+        penalties = self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
+        return bool(penalties or self.logit_bias)
+
+
+# --- randomness --------------------------------------------------------------------------------------
+
+
+def stream_key(seed: int | None, stream: int = 0) -> int:
+    """The 64-bit key of one random stream; samples of one request have streams 0, 1, 2, ..."""
+    if seed is None:
+        return secrets.randbits(64)
+    return _mix(_mix(seed & _MASK64) + stream)
+
+
+def uniforms(keys: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """float32 (B,) in [0, 1) for uint64 keys (B,) and step numbers (B,): the splitmix64 generator."""
+    x = keys + steps.astype(np.uint64) * np.uint64(_GOLDEN)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = x ^ (x >> np.uint64(31))
+    return ((x >> np.uint64(40)).astype(np.float64) * 2.0**-24).astype(np.float32)
+
+
+def _mix(x: int) -> int:
+    x = (x + _GOLDEN) & _MASK64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK64
+    return x ^ (x >> 31)
+
+
+# --- choosing ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Rows that draw in the same way, and their settings as (rows, 1) tensors; None where no row uses one.
+
+    Rows with top_k or top_p draw from candidates in descending order, the others in the order of the
+    vocabulary. A row must do the same in every company, or its seed would not give the same tokens.
+    """
+
+    rows: torch.Tensor | None  # None: all
+    is_ordered: bool
+    num_candidates: int  # 0: the whole vocabulary
+    temperature: torch.Tensor
+    top_k: torch.Tensor | None
+    top_p: torch.Tensor | None
+    min_p: torch.Tensor | None
+
+    @classmethod
+    def of(cls, rows: list[int], params: Sequence[SamplingParams], device: torch.device) -> _Group:
+        def column(values: Sequence[float]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+
+        members = [params[row] for row in rows]
+        limits = [p.top_k or math.inf for p in members]
+        return cls(
+            rows=None if len(rows) == len(params) else torch.tensor(rows, device=device),
+            is_ordered=_is_ordered(members[0]),
+            num_candidates=0 if math.inf in limits else int(max(limits)),
+            temperature=column([p.temperature for p in members]),
+            top_k=column(limits) if len(set(limits)) > 1 else None,
+            top_p=column([p.top_p for p in members]) if any(p.top_p < 1 for p in members) else None,
+            min_p=column([p.min_p for p in members]) if any(p.min_p > 0 for p in members) else None,
+        )
+
+
+def _is_ordered(params: SamplingParams) -> bool:
+    return bool(params.top_k) or params.top_p < 1
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """The settings of B rows, gathered on the device once for as long as the rows stay the same."""
+
+    params: Sequence[SamplingParams]
+    any_greedy: bool
+    groups: Sequence[_Group]
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], device: torch.device) -> SamplingBatch:
+        """Sort the rows into groups that can be drawn together."""
+        drawing = [row for row, p in enumerate(params) if p.temperature > 0]
+        groups = [[r for r in drawing if _is_ordered(params[r]) == ordered] for ordered in (False, True)]
+        made = [_Group.of(rows, params, device) for rows in groups if rows]
+        return cls(params, len(drawing) < len(params), made)
+
+    @property
+    def all_greedy(self) -> bool:
+        """Whether no row draws."""
+        return not self.groups
+
+
+def sample(
+    logits: torch.Tensor,
+    batch: SamplingBatch,
+    uniform: torch.Tensor,
+    histories: Sequence[tuple[Sequence[int], Sequence[int]]] = (),
+) -> torch.Tensor:
+    """One id per row: logits (B, V) fp32, uniform (B,) in [0, 1) -> (B,) int64.
+
+    Order: bias, penalties, top_k, temperature, softmax, min_p, top_p, renormalise, draw by inverting the
+    distribution function. histories: prompt and generated ids of each row, for the penalties.
+    """
+    if any(p.adjusts_logits for p in batch.params):
+        logits = _adjusted(logits, batch.params, histories)
+    if not batch.any_greedy and len(batch.groups) == 1:
+        return _draw(logits, batch.groups[0], uniform)
+    chosen = logits.argmax(dim=-1)
+    for group in batch.groups:
+        chosen[group.rows] = _draw(logits[group.rows], group, uniform[group.rows])
+    return chosen
+
+
+def _draw(logits: torch.Tensor, group: _Group, uniform: torch.Tensor) -> torch.Tensor:
+    ids = None
+    if 0 < group.num_candidates < logits.size(-1):
+        logits, ids = logits.topk(group.num_candidates, dim=-1)
+    elif group.is_ordered:
+        logits, ids = logits.sort(dim=-1, descending=True)
+    cumulative = _probabilities(logits, group).cumsum(dim=-1)
+    # The first candidate whose cumulative probability exceeds the draw; it cannot have probability zero.
+    choice = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    choice = choice.clamp_(max=cumulative.size(-1) - 1)
+    return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
+
+
+def _probabilities(logits: torch.Tensor, group: _Group) -> torch.Tensor:
+    if group.top_k is not None:
+        rank = torch.arange(logits.size(-1), device=logits.device)
+        logits = logits.masked_fill(rank >= group.top_k, -torch.inf)
+    probs = (logits / group.temperature).softmax(dim=-1)
+    if group.min_p is not None:
+        floor = group.min_p * probs.amax(dim=-1, keepdim=True)
+        probs = probs.masked_fill(probs < floor, 0)
+    if group.top_p is not None:
+        before = probs.cumsum(dim=-1) - probs
+        probs = probs.masked_fill((before >= group.top_p) & (group.top_p < 1), 0)
+    return probs
+
+
+def _adjusted(
+    logits: torch.Tensor,
+    params: Sequence[SamplingParams],
+    histories: Sequence[tuple[Sequence[int], Sequence[int]]],
+) -> torch.Tensor:
+    """Bias and penalties. Row by row: they are rare, and their history lives on the host."""
+    logits = logits.clone()
+    for row, (p, (prompt, generated)) in enumerate(zip(params, histories, strict=True)):
+        if not p.adjusts_logits:
+            continue
+        if p.logit_bias:
+            logits[row, _index(p.logit_bias, logits)] += logits.new_tensor(list(p.logit_bias.values()))
+        if p.repetition_penalty != 1 and (seen := _index({*prompt, *generated}, logits)).numel():
+            old = logits[row, seen]
+            logits[row, seen] = torch.where(old > 0, old / p.repetition_penalty, old * p.repetition_penalty)
+        counts = Counter(generated)
+        if counts and (p.presence_penalty or p.frequency_penalty):
+            times = logits.new_tensor(list(counts.values()))
+            logits[row, _index(counts, logits)] -= p.presence_penalty + p.frequency_penalty * times
+    return logits
+
+
+def _index(ids: Mapping[int, float] | set[int], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(list(ids), dtype=torch.long, device=like.device)
+
+
+def top_logprobs(logits: torch.Tensor, token: int, count: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """Natural-log probability of a token under logits (V,), and the `count` most likely (id, logprob)."""
+    logprobs = logits.log_softmax(dim=-1)
+    best = logprobs.topk(min(count, logits.size(-1)))
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return float(logprobs[token]), tuple(pairs)

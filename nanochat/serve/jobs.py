@@ -1,0 +1,213 @@
+"""One request between the event loop, which reads it, and a worker thread, which fills it."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+
+from nanochat.engine import SamplingParams
+from nanochat.serve.errors import ApiError
+from nanochat.serve.parts import TEXT, Delta, PartsDecoder
+from nanochat.tokenizer import RustBPETokenizer
+
+# A reader slower than the model finds later text merged into one piece: 256 pieces bound its mailbox.
+MAILBOX_PIECES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A token that the model considered, with its natural-log probability."""
+
+    token: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A generated token with its log probability and the most likely ones at its place."""
+
+    token: int
+    logprob: float
+    top: tuple[Alternative, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A worker took the request."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """New content of one choice."""
+
+    choice: int
+    delta: Delta
+    scores: tuple[Scored, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """One choice is complete: stop, length, cancelled or timeout."""
+
+    choice: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request as a whole came to nothing."""
+
+    status: int
+    code: str
+    message: str
+
+
+Item = Started | Piece | Ended | Failed
+
+
+@dataclass(slots=True)
+class Choice:
+    """One answer of a request. The worker thread alone writes it."""
+
+    params: SamplingParams
+    decoder: PartsDecoder
+    num_tokens: int = 0
+    finish_reason: str | None = None
+
+
+@dataclass(slots=True)
+class Timings:
+    """Clock readings in seconds (time.monotonic); None for what has not happened."""
+
+    submitted: float = field(default_factory=time.monotonic)
+    started: float | None = None
+    first_token: float | None = None
+    ended: float | None = None
+
+
+class Job:
+    """A prompt, its choices, and the mailbox through which the loop sees them grow."""
+
+    def __init__(self, prompt: Sequence[int], choices: list[Choice], deadline_s: float) -> None:
+        self.id = secrets.token_urlsafe(18)
+        self.prompt = list(prompt)
+        self.choices = choices
+        self.timings = Timings()
+        self.deadline = self.timings.submitted + deadline_s
+        self.worker = -1
+        self.cancelled = False
+        self.loop = asyncio.get_running_loop()
+        self._items: deque[Item] = deque()
+        self._arrived = asyncio.Event()
+
+    # --- on the event loop
+
+    def deliver(self, items: Sequence[Item]) -> None:
+        """Put items into the mailbox, merging text when the reader lags."""
+        for item in items:
+            last = self._items[-1] if self._items else None
+            merged = _merge(last, item) if len(self._items) >= MAILBOX_PIECES else None
+            if merged is not None:
+                self._items[-1] = merged
+            else:
+                self._items.append(item)
+        self._arrived.set()
+
+    async def items(self, silence_s: float) -> AsyncGenerator[Item | None, None]:
+        """Items in order until every choice ended or the job failed; None after each silent silence_s."""
+        open_choices = len(self.choices)
+        while open_choices:
+            if not self._items:
+                self._arrived.clear()
+                try:
+                    await asyncio.wait_for(self._arrived.wait(), silence_s)
+                except asyncio.TimeoutError:
+                    yield None
+                continue
+            item = self._items.popleft()
+            open_choices -= isinstance(item, Ended)
+            yield item
+            if isinstance(item, Failed):
+                return
+
+    async def wait_started(self, timeout_s: float) -> None:
+        """Wait until a worker took the job; raise ApiError if it was refused. Gives up after timeout_s."""
+        if not self._items:
+            try:
+                await asyncio.wait_for(self._arrived.wait(), timeout_s)
+            except asyncio.TimeoutError:
+                return
+        if isinstance(self._items[0], Failed):
+            raise failure(self._items[0])
+
+    # --- facts for responses
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(choice.num_tokens for choice in self.choices)
+
+    def usage(self) -> dict[str, int]:
+        """Token counts in the words of every API."""
+        prompt, completion = len(self.prompt), self.completion_tokens
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+        }
+
+    def speed(self) -> dict[str, float | None]:
+        """Queue and first-token times in ms, and tokens per second after the first token."""
+        t = self.timings
+        queue = None if t.started is None else 1000 * (t.started - t.submitted)
+        first = None if t.first_token is None else 1000 * (t.first_token - t.submitted)
+        rate = None
+        if t.first_token is not None and t.ended is not None and t.ended > t.first_token:
+            rate = max(self.completion_tokens - len(self.choices), 0) / (t.ended - t.first_token)
+        return {"queue_ms": _rounded(queue), "ttft_ms": _rounded(first), "tokens_per_second": _rounded(rate)}
+
+
+def new_choice(
+    tokenizer: RustBPETokenizer, params: SamplingParams, stop: Sequence[str] = (), raw: bool = False
+) -> Choice:
+    """A choice with a fresh decoder."""
+    return Choice(params, PartsDecoder(tokenizer, stop, raw))
+
+
+def send(news: Sequence[tuple[Job, Sequence[Item]]]) -> None:
+    """Hand items to their jobs on the event loop, in one wake-up. A closed loop has no readers left."""
+    for loop in {job.loop for job, _ in news}:
+        mine = [(job, items) for job, items in news if job.loop is loop]
+        try:
+            loop.call_soon_threadsafe(_deliver, mine)
+        except RuntimeError:
+            for job, _ in mine:
+                job.cancelled = True
+
+
+def _deliver(news: Sequence[tuple[Job, Sequence[Item]]]) -> None:
+    for job, items in news:
+        job.deliver(items)
+
+
+def failure(item: Failed) -> ApiError:
+    """The HTTP error of a failed job."""
+    retry_after = 1 if item.status in (429, 503) else None
+    return ApiError(item.status, item.code, item.message, retry_after=retry_after)
+
+
+def _merge(last: Item | None, item: Item) -> Piece | None:
+    if not (isinstance(last, Piece) and isinstance(item, Piece) and last.choice == item.choice):
+        return None
+    if last.delta.kind != TEXT or item.delta.kind != TEXT:
+        return None
+    return Piece(last.choice, Delta(TEXT, last.delta.text + item.delta.text), last.scores + item.scores)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 1)

@@ -1,0 +1,121 @@
+"""POST /chat/completions: a whole conversation in, server-sent events out, as upstream's page speaks it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import Response
+
+from nanochat.serve.errors import ApiError, AsciiJSON
+from nanochat.serve.jobs import Failed, Job, Piece, Scored
+from nanochat.serve.parts import CALL, TEXT
+from nanochat.serve.schemas import CompletionRequest, check_messages, check_sampling, stop_strings
+from nanochat.serve.security import owner_of
+from nanochat.serve.service import Service
+
+router = APIRouter()
+
+
+def service_of(request: Request) -> Service:
+    """The application's state."""
+    return request.app.state.service
+
+
+ServiceOf = Annotated[Service, Depends(service_of)]
+Owner = Annotated[str, Depends(owner_of)]
+
+
+@router.post("/chat/completions")
+async def chat_completions(body: CompletionRequest, request: Request, service: ServiceOf) -> Response:
+    """Answer a conversation as server-sent events, or as one object with `"stream": false`."""
+    check_messages(body.messages, service.settings.limits)
+    check_sampling(body, service.settings.limits)
+    messages = [message.model_dump() for message in body.messages]
+    prompt = service.prompt(messages, body.system, body.max_tokens, continue_final=_continues(body))
+    params = service.params(
+        body, prompt.max_tokens, logprobs=body.logprobs,
+        min_p=body.min_p or 0.0, repetition_penalty=body.repetition_penalty or 1.0,
+    )  # fmt: skip
+    job = service.submit(prompt.tokens, [params], stop_strings(body.stop), body.raw_special_tokens)
+    if body.stream:
+        lines = _lines(service, job, body.events == "full", prompt.truncated_messages)
+        return await service.stream(job, lines)
+    await service.finish(job, request, "/chat/completions")
+    return AsciiJSON({**answer_body(job), "gpu": job.worker})
+
+
+def _continues(body: CompletionRequest) -> bool:
+    if body.continue_final_message and body.messages[-1].role != "assistant":
+        text = "continue_final_message needs a last message from the assistant"
+        raise ApiError(400, "invalid_role", text, param="continue_final_message")
+    return body.continue_final_message
+
+
+async def _lines(service: Service, job: Job, full: bool, truncated: int) -> AsyncIterator[str]:
+    if full:
+        yield event(
+            start=True, id=job.id, model=service.replica.info.name, gpu=job.worker,
+            prompt_tokens=len(job.prompt), truncated_messages=truncated,
+        )  # fmt: skip
+    async with aclosing(service.events(job, "/chat/completions")) as items:
+        async for item in items:
+            if item is None:
+                yield ": keep-alive\n\n"
+            elif isinstance(item, Failed):
+                yield event(error={"message": item.message, "code": item.code})
+            elif isinstance(item, Piece):
+                for line in _piece_lines(service, job, item, full):
+                    yield line
+    yield event(done=True, **(job_facts(job) if full else {}))
+
+
+def _piece_lines(service: Service, job: Job, item: Piece, full: bool) -> list[str]:
+    scores = {"logprobs": [score_body(service, score) for score in item.scores]} if item.scores else {}
+    if item.delta.kind == TEXT:
+        return [event(token=item.delta.text, gpu=job.worker, **scores)] if item.delta.text or scores else []
+    return [event(tool=phase(item.delta.kind), text=item.delta.text, **scores)] if full else []
+
+
+def phase(kind: str) -> str:
+    """How clients call a part kind that is not text."""
+    return "call" if kind == CALL else "output"
+
+
+def event(**fields: object) -> str:
+    """One server-sent event. Non-ASCII characters stay readable, as upstream sends them."""
+    return f"data: {json.dumps(fields, ensure_ascii=False)}\n\n"
+
+
+def score_body(service: Service, score: Scored) -> dict:
+    """A token and what else was considered, as text, raw bytes and natural-log probability."""
+
+    def one(token: int, logprob: float) -> dict:
+        raw = service.replica.tokenizer.decode_single_token_bytes(token)
+        return {
+            "token": raw.decode("utf-8", "replace"),
+            "logprob": round(max(logprob, -9999.0), 5),
+            "bytes": list(raw),
+        }
+
+    top = [one(alternative.token, alternative.logprob) for alternative in score.top]
+    return {**one(score.token, score.logprob), "top_logprobs": top}
+
+
+def answer_body(job: Job) -> dict:
+    """The text of a finished answer and the facts about it."""
+    return {"response": job.choices[0].decoder.response, **job_facts(job)}
+
+
+def job_facts(job: Job) -> dict:
+    """Why an answer ended, what it cost, and its structure."""
+    choice = job.choices[0]
+    return {
+        "finish_reason": choice.finish_reason or "error",
+        "usage": job.usage(),
+        "timings": job.speed(),
+        "parts": choice.decoder.parts,
+    }

@@ -1,0 +1,114 @@
+"""A chat request becomes the tokens of a prompt that fits the context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanochat.serve.errors import ApiError
+from nanochat.tokenizer import RustBPETokenizer
+
+Message = dict[str, Any]
+UNLIMITED = 1 << 40
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Tokens to complete, the room left for the answer, and how many old messages did not fit."""
+
+    tokens: list[int]
+    max_tokens: int
+    truncated_messages: int = 0
+
+
+def build_prompt(
+    tokenizer: RustBPETokenizer,
+    messages: Sequence[Message],
+    *,
+    system: str = "",
+    max_tokens: int,
+    context_length: int,
+    policy: str = "truncate",
+    continue_final: bool = False,
+) -> Prompt:
+    """Render a conversation and make it fit.
+
+    Policy truncate drops the oldest exchanges until an answer has room, keeping the system text and the last
+    user message; policy error refuses what does not fit. With continue_final the last (assistant) message
+    stays open. Raises ApiError 400.
+    """
+    turns = _merge_system(messages, system)
+    blocks = [_block(tokenizer, turn) for turn in turns]
+    tail = [] if continue_final else [tokenizer.encode_special("<|assistant_start|>")]
+    if continue_final:
+        blocks[-1].pop()  # <|assistant_end|>
+    # Upstream's window is 2048 and 256 of it are kept for the answer; a small window keeps an eighth as well.
+    reserve = min(max_tokens, 256, context_length // 8) if policy == "truncate" else 1
+    dropped = 0
+    while 1 + sum(map(len, blocks)) + len(tail) + reserve > context_length and policy == "truncate":
+        count = _oldest_exchange(turns)
+        if not count:
+            break
+        turns, blocks, dropped = turns[count:], blocks[count:], dropped + count
+        leading = _leading_system(messages, system)
+        if leading and turns[0]["role"] == "user":
+            turns[0] = {"role": "user", "content": _joined(leading, turns[0]["content"])}
+            blocks[0] = _block(tokenizer, turns[0])
+    tokens = [tokenizer.get_bos_token_id(), *(token for block in blocks for token in block), *tail]
+    room = context_length - len(tokens)
+    if room < 1:
+        raise ApiError(
+            400,
+            "context_length_exceeded",
+            f"the prompt has {len(tokens)} tokens, the context of the model {context_length}",
+            param="messages",
+        )
+    return Prompt(tokens, min(max_tokens, room), dropped)
+
+
+def _merge_system(messages: Sequence[Message], system: str) -> list[Message]:
+    """User and assistant messages only: each system text moves to the head of the next user message."""
+    turns: list[Message] = []
+    pending = [system] if system else []
+    for message in messages:
+        if message["role"] == "system":
+            pending.append(message["content"])
+        elif message["role"] == "user":
+            turns.append({"role": "user", "content": _joined(pending, message["content"])})
+            pending = []
+        else:
+            turns.append(message)
+    if not turns or len(pending) > (1 if system else 0):
+        raise ApiError(
+            400, "invalid_role", "a system message must be followed by a user message", param="messages"
+        )
+    return turns
+
+
+def _leading_system(messages: Sequence[Message], system: str) -> list[str]:
+    texts = [system] if system else []
+    for message in messages:
+        if message["role"] != "system":
+            break
+        texts.append(message["content"])
+    return texts
+
+
+def _joined(system: Sequence[str], content: str) -> str:
+    return "\n\n".join([*system, content])
+
+
+def _oldest_exchange(turns: Sequence[Message]) -> int:
+    """How many messages to drop so that the next user message comes first; 0 when only the last one is left."""
+    later_users = (i for i, turn in enumerate(turns) if i > 0 and turn["role"] == "user")
+    return next(later_users, 0)
+
+
+def _block(tokenizer: RustBPETokenizer, message: Message) -> list[int]:
+    """The tokens of one message with its fences, by the one function that renders conversations."""
+    if message["role"] == "user":
+        return tokenizer.render_conversation({"messages": [message]}, UNLIMITED)[0][1:]
+    # An assistant message cannot open a conversation: give it an empty question and cut off bos, start, end.
+    question = {"role": "user", "content": ""}
+    return tokenizer.render_conversation({"messages": [question, message]}, UNLIMITED)[0][3:]

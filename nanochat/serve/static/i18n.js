@@ -1,0 +1,105 @@
+// The words of the page in English and Chinese.
+
+const EN = {
+  skip: "Skip to the message field", conversations: "Conversations", closeSidebar: "Close the conversation list",
+  openSidebar: "Open the conversation list", newChat: "New chat", search: "Search conversations",
+  import: "Import", export: "Export", toggleTheme: "Switch between light and dark", settings: "Settings",
+  closeSettings: "Close settings", welcome: "What would you like to know?",
+  welcomeText: "A small language model, trained from scratch, running on this machine.",
+  messages: "Messages", jump: "Jump to the latest message", ask: "Ask anything", send: "Send message",
+  stop: "Stop the answer", cancel: "Cancel", ok: "OK",
+  hint: "Small models make things up. Enter sends, Shift+Enter starts a line, /help lists commands.",
+  copy: "Copy", copyCode: "Copy code", edit: "Edit and resend", regenerate: "Regenerate", remove: "Delete from here",
+  rename: "Rename", deleteChat: "Delete conversation", previous: "Previous answer", next: "Next answer",
+  you: "You said", it: "nanochat said", retry: "Try again", save: "Send", untitled: "New chat",
+  emptyReply: "(empty reply)", stopped: "stopped", lengthEnd: "cut off at the token limit",
+  loseMessages: (n) => `This removes ${n} later messages. Go on?`,
+  confirmDelete: "Delete this conversation?", newTitle: "Name of the conversation",
+  loading: "The model is loading …", unreachable: "The server cannot be reached. Trying again …",
+  askKey: "This server needs an API key:", imported: (n) => `${n} conversations imported.`,
+  importFailed: "This file holds no conversations.", nothingToExport: "There is nothing to export yet.",
+  truncated: (n) => `The conversation is longer than the model's context: ${n} old messages were left out.`,
+  stats: (tokens, rate, first) => `${tokens} tokens · ${rate} tok/s · first after ${first} ms`,
+  contextUse: (used, limit) => `${used} of ${limit} tokens of context used`,
+  calculator: "Calculator", considered: "considered here", other: "all others", noScore: "not sampled",
+  temperature: "Temperature", temperatureHelp: "How daring the choice of words is. 0 always takes the most likely.",
+  top_k: "Top-k", top_kHelp: "Only the k most likely tokens are candidates. 0 admits all.",
+  top_p: "Top-p", top_pHelp: "Only the most likely tokens that together reach this probability.",
+  max_tokens: "Longest answer", max_tokensHelp: "In tokens; one is about three quarters of a word.",
+  seed: "Seed", seedHelp: "The same seed gives the same answer. Empty means a new one each time.",
+  system: "System prompt", systemHelp: "An instruction that is put before the conversation.",
+  probabilities: "Token probabilities",
+  probabilitiesHelp: "Shade new answers by how sure the model was; point at a token to see what else it considered.",
+  plain: "Plain text", plainHelp: "Show answers exactly as written, without Markdown.",
+  theme: "Appearance", language: "Language", reset: "Reset to server defaults",
+  themeSystem: "System", themeLight: "Light", themeDark: "Dark", random: "random",
+  unknownCommand: (name) => `/${name} is not a command; /help lists them. Start with // to send a slash.`,
+  badValue: (name, low, high) => `/${name} takes a number from ${low} to ${high}.`,
+  valueIs: (name, value) => `${name}: ${value}`,
+  help: "/temperature X  /topk N  /topp X  /maxtokens N  /seed N  /system TEXT: show or change a setting\n"
+    + "/new, /clear: new conversation   /retry: another answer   /undo: take back the last exchange\n"
+    + "/export: save as Markdown   /stats: about the last answer   //text: send text that starts with a slash",
+  noStats: "No answer yet.",
+};
+
+const ZH = {
+  skip: "跳到输入框", conversations: "对话", closeSidebar: "关闭对话列表", openSidebar: "打开对话列表",
+  newChat: "新对话", search: "搜索对话", import: "导入", export: "导出", toggleTheme: "切换浅色与深色",
+  settings: "设置", closeSettings: "关闭设置", welcome: "想了解什么？",
+  welcomeText: "一个从零训练、在这台机器上运行的小型语言模型。", messages: "消息", jump: "跳到最新消息",
+  ask: "请输入问题", send: "发送", stop: "停止生成", cancel: "取消", ok: "确定",
+  hint: "小模型会编造内容。回车发送，Shift+回车换行，/help 查看命令。",
+  copy: "复制", copyCode: "复制代码", edit: "编辑并重发", regenerate: "重新生成", remove: "从此处删除",
+  rename: "重命名", deleteChat: "删除对话", previous: "上一个回答", next: "下一个回答",
+  you: "你说", it: "nanochat 说", retry: "重试", save: "发送", untitled: "新对话",
+  emptyReply: "（空回复）", stopped: "已停止", lengthEnd: "达到长度上限",
+  loseMessages: (n) => `这会删除之后的 ${n} 条消息。继续吗？`,
+  confirmDelete: "删除这个对话？", newTitle: "对话名称",
+  loading: "模型正在加载……", unreachable: "无法连接服务器，正在重试……",
+  askKey: "此服务器需要 API 密钥：", imported: (n) => `已导入 ${n} 个对话。`,
+  importFailed: "文件中没有对话。", nothingToExport: "还没有可导出的内容。",
+  truncated: (n) => `对话超过了模型的上下文长度，省略了 ${n} 条旧消息。`,
+  stats: (tokens, rate, first) => `${tokens} 个词元 · 每秒 ${rate} · 首个 ${first} 毫秒`,
+  contextUse: (used, limit) => `上下文已用 ${used} / ${limit} 个词元`,
+  calculator: "计算器", considered: "此处的候选", other: "其他全部", noScore: "非采样",
+  temperature: "温度", temperatureHelp: "选词的大胆程度。0 总是取最可能的词。",
+  top_k: "Top-k", top_kHelp: "只在最可能的 k 个词元中选择。0 表示不限。",
+  top_p: "Top-p", top_pHelp: "只在累计概率达到该值的最可能词元中选择。",
+  max_tokens: "最长回答", max_tokensHelp: "以词元计。",
+  seed: "种子", seedHelp: "相同的种子得到相同的回答。留空则每次不同。",
+  system: "系统提示", systemHelp: "放在对话之前的指示。",
+  probabilities: "词元概率", probabilitiesHelp: "按模型的把握给新回答着色；指向一个词元可看到其他候选。",
+  plain: "纯文本", plainHelp: "原样显示回答，不渲染 Markdown。",
+  theme: "外观", language: "语言", reset: "恢复服务器默认值",
+  themeSystem: "跟随系统", themeLight: "浅色", themeDark: "深色", random: "随机",
+  unknownCommand: (name) => `没有 /${name} 这个命令；/help 查看全部。以 // 开头可发送斜杠。`,
+  badValue: (name, low, high) => `/${name} 需要 ${low} 到 ${high} 之间的数。`,
+  valueIs: (name, value) => `${name}：${value}`,
+  help: "/temperature X  /topk N  /topp X  /maxtokens N  /seed N  /system 文本：查看或修改设置\n"
+    + "/new、/clear：新对话   /retry：再答一次   /undo：撤回上一轮\n"
+    + "/export：存为 Markdown   /stats：上一个回答的数据   //文本：发送以斜杠开头的文本",
+  noStats: "还没有回答。",
+};
+
+export const LANGUAGES = { en: "English", zh: "中文" };
+const WORDS = { en: EN, zh: ZH };
+let words = EN;
+
+export function setLanguage(language) {
+  const chosen = language in WORDS ? language : navigator.language.startsWith("zh") ? "zh" : "en";
+  words = WORDS[chosen];
+  document.documentElement.lang = chosen;
+  for (const node of document.querySelectorAll("[data-i18n]")) node.textContent = t(node.dataset.i18n);
+  for (const node of document.querySelectorAll("[data-i18n-label]")) {
+    node.setAttribute("aria-label", t(node.dataset.i18nLabel));
+    if (node.tagName === "BUTTON") node.title = t(node.dataset.i18nLabel);
+  }
+  for (const node of document.querySelectorAll("[data-i18n-placeholder]")) {
+    node.placeholder = t(node.dataset.i18nPlaceholder);
+  }
+}
+
+export function t(key, ...values) {
+  const entry = words[key];
+  return typeof entry === "function" ? entry(...values) : entry;
+}

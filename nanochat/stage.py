@@ -1,0 +1,106 @@
+"""What the training scripts share around the loop: what they say at the start, and what they leave behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from nanochat.checkpoint_manager import stage_dir
+from nanochat.common import (
+    World,
+    compute_dtype,
+    data_source,
+    device_name,
+    peak_memory_bytes,
+    print0,
+    write_json,
+)
+from nanochat.compilation import should_compile
+from nanochat.flash_attention import describe_backend
+from nanochat.gpt import GPT
+from nanochat.metrics import Value, duration
+from nanochat.report import get_report
+from nanochat.trainer import LoopState, TrainingPlan
+
+
+def announce(world: World, compile_flag: str) -> tuple[torch.dtype, bool]:
+    """Print on what the run runs and why; returns (compute dtype, compile or not)."""
+    device = world.device
+    dtype, why_dtype = compute_dtype(device)
+    compiled, why_compiled = should_compile(compile_flag, device)
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    print0(f"device: {device_name(device)}{threads} x {world.size} ranks")
+    print0(f"compute dtype: {str(dtype)[6:]} ({why_dtype})")
+    print0(f"attention: {describe_backend(device, dtype)}")
+    print0(f"torch.compile: {'on' if compiled else 'off'} ({why_compiled})")
+    print0(f"data source: {data_source()}")
+    return dtype, compiled
+
+
+def announce_model(model: GPT) -> None:
+    """Print the configuration and what the parameters add up from."""
+    print0(f"model: {model.config}")
+    for name, count in model.num_scaling_params().items():
+        print0(f"  {name:<22} {count:>16,}")
+    print0(f"FLOPs per token: {model.estimate_flops():.3e}")
+
+
+def announce_batch(total: int, rows: int, seq_len: int, world: World, accumulation: int) -> None:
+    """Print the factors of the batch, so that a reader can redo the arithmetic."""
+    factors = f"{rows} rows x {seq_len} tokens x {world.size} ranks x {accumulation} accumulation"
+    print0(f"batch: {total:,} tokens = {factors}")
+
+
+def checkpoint_folder(stage: str, model_tag: str) -> Path:
+    """Where this run's checkpoints and metrics go."""
+    directory = stage_dir(stage) / model_tag
+    print0(f"checkpoints and metrics.jsonl: {directory}")
+    return directory
+
+
+def finish(
+    title: str, plan: TrainingPlan, world: World, model: GPT, state: LoopState, facts: dict[str, Value]
+) -> None:
+    """Print the outcome, write run_summary.json beside the checkpoint and the section of the report."""
+    tokens = plan.schedule.num_steps * plan.total_batch_size
+    results = {name: value for name, value in state.results.items() if isinstance(value, float)}
+    memory = peak_memory_bytes(world.device)
+    print0(
+        f"{title}: {plan.schedule.num_steps} steps, {tokens:,} tokens in {duration(state.total_training_time)}"
+    )
+    for name, value in results.items():
+        print0(f"  {name}: {value:.4f}")
+    if not world.is_main or not plan.save:
+        return
+    params = model.num_scaling_params()
+    summary = {
+        "stage": plan.stage,
+        "depth": model.config.n_layer,
+        "model_dim": model.config.n_embd,
+        "num_params": params,
+        "num_scaling_params": params["transformer_matrices"] + params["lm_head"],
+        "num_iterations": plan.schedule.num_steps,
+        "tokens_trained": tokens,
+        "total_batch_size": plan.total_batch_size,
+        "flops": model.estimate_flops() * tokens,
+        "val_bpb": state.results.get("val/bpb"),
+        "core_score": state.results.get("core_metric"),
+        "train_time_sec": state.total_training_time,
+    }
+    write_json(plan.directory / "run_summary.json", summary)
+    outcome = {
+        "Number of parameters": params["total"],
+        "FLOPs per token": f"{model.estimate_flops():.3e}",
+        "Number of iterations": plan.schedule.num_steps,
+        "Number of training tokens": tokens,
+        "World size": world.size,
+        **facts,
+        "Minimum validation bpb": state.min_val_bpb,
+        **{f"Final {name}": value for name, value in results.items()},
+        "Skipped steps": state.skipped_steps,
+        "Total training time": duration(state.total_training_time),
+        "Tokens per second": round(tokens / state.total_training_time) if state.total_training_time else None,
+        "Peak memory": f"{memory / 2**20:,.0f} MiB",
+    }
+    get_report().log(section=title, data=[plan.settings, outcome])

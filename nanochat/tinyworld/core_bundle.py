@@ -1,0 +1,123 @@
+"""An evaluation bundle about the world in the format of CORE: all three kinds of task."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from nanochat.common import whole_file
+from nanochat.tinyworld.cast import OBJECTS
+from nanochat.tinyworld.documents import Authors
+from nanochat.tinyworld.lexicon import HAT_COLOURS
+from nanochat.tinyworld.quiz import choice_about
+from nanochat.tinyworld.rng import Rng, held_out
+from nanochat.tinyworld.sizes import CORE_EXAMPLES
+
+Item = dict[str, object]
+
+# label: (file below eval_data, kind of task, shots, delimiter or None for the default, random baseline in %)
+TASKS = {
+    "tinyworld_questions": ("world_knowledge/questions.jsonl", "multiple_choice", 3, "\\nAnswer: ", 25),
+    "tinyworld_facts": ("world_knowledge/facts.jsonl", "multiple_choice", 0, None, 25),
+    "tinyworld_who_has_it": ("commonsense_reasoning/who_has_it.jsonl", "schema", 0, None, 50),
+    "tinyworld_where_is_it": ("reading_comprehension/where_is_it.jsonl", "language_modeling", 0, None, 0),
+    "tinyworld_small_sums": ("symbolic_problem_solving/small_sums.jsonl", "language_modeling", 5, None, 0),
+}
+
+
+def write_bundle(folder: Path, authors: Authors) -> dict[str, int]:
+    """Write core.yaml, eval_meta_data.csv and the items of every task; returns item counts."""
+    makers = (questions, facts, who_has_it, where_is_it, small_sums)
+    counts = {}
+    for (label, (name, *_)), make in zip(TASKS.items(), makers, strict=True):
+        items = make(authors, Rng(authors.world.seed, label))
+        _write_text(folder / "eval_data" / name, "".join(f"{json.dumps(item)}\n" for item in items))
+        counts[label] = len(items)
+    _write_text(folder / "core.yaml", _core_yaml())
+    _write_text(folder / "eval_meta_data.csv", _meta_csv(counts))
+    return counts
+
+
+def questions(authors: Authors, rng: Rng) -> list[Item]:
+    """Questions that no training text asks in these words."""
+    items = []
+    for _ in range(CORE_EXAMPLES):
+        choice = authors.quiz.question(rng, authors.quiz.facts, test=True)
+        query = f"Question: {choice.question}"
+        items.append({"query": query, "choices": list(choice.choices), "gold": choice.answer})
+    return items
+
+
+def facts(authors: Authors, rng: Rng) -> list[Item]:
+    """Sentences that end with what there is to know."""
+    items = []
+    while len(items) < CORE_EXAMPLES:
+        fact = rng.pick(authors.quiz.facts)
+        sentence = rng.pick(fact.statements)
+        ending = f" {fact.answer}."
+        if sentence.endswith(ending):
+            choice = choice_about(rng, fact, sentence.removesuffix(ending))
+            items.append({"query": choice.question, "choices": list(choice.choices), "gold": choice.answer})
+    return items
+
+
+def who_has_it(authors: Authors, rng: Rng) -> list[Item]:
+    """Whose hands a thing is in after it was given."""
+    items = []
+    for _ in range(CORE_EXAMPLES):
+        giver, taker = (person.name for person in rng.sample(authors.world.people, 2))
+        thing = f"{rng.pick(HAT_COLOURS)} {rng.pick(OBJECTS)}"
+        told = f"{giver} gave the {thing} to {taker}. Now"
+        options = [giver, taker]
+        if rng.chance(0.5):
+            options.reverse()
+        contexts = [f"{told} {name}" for name in options]
+        items.append(
+            {"context_options": contexts, "continuation": f"has the {thing}.", "gold": options.index(taker)}
+        )
+    return items
+
+
+def where_is_it(authors: Authors, rng: Rng) -> list[Item]:
+    """The place at the end of a story in which things change hands."""
+    items = []
+    for _ in range(CORE_EXAMPLES):
+        *story, last, _ = authors.teller.passing_on(rng)
+        context, _, place = last.rpartition(" ")
+        items.append({"context": " ".join([*story, context]), "continuation": place.rstrip(".")})
+    return items
+
+
+def small_sums(authors: Authors, rng: Rng) -> list[Item]:
+    """Sums up to twenty whose numbers no training text adds."""
+    pairs = [(a, b) for a in range(21) for b in range(11) if a + b <= 20 and held_out(f"{a} {b}")]
+    items: list[Item] = [{"context": f"{a} + {b} =", "continuation": str(a + b)} for a, b in pairs]
+    return rng.shuffled(items)
+
+
+def _core_yaml() -> str:
+    lines = ["icl_tasks:"]
+    for label, (name, kind, shots, delimiter, _) in TASKS.items():
+        lines += ["-", f"  label: {label}", f"  dataset_uri: {name}", f"  num_fewshot: [{shots}]"]
+        lines.append(f"  icl_task_type: {kind}")
+        if delimiter is not None:
+            lines.append(f'  continuation_delimiter: "{delimiter}"')
+    return "\n".join(lines) + "\n"
+
+
+def _meta_csv(counts: dict[str, int]) -> str:
+    lines = [
+        "Eval Task,Task Category,Task Type,#shots,#datapoints,Random baseline,Centered Metric?,Description"
+    ]
+    for label, (name, kind, shots, _, baseline) in TASKS.items():
+        category = name.split("/")[0].replace("_", " ")
+        about = "Generated by TinyWorld."
+        lines.append(
+            f"{label},{category},{kind.replace('_', ' ')},{shots},{counts[label]},{baseline},,{about}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _write_text(path: Path, text: str) -> None:
+    with whole_file(path) as file:
+        file.write(text.encode())

@@ -1,0 +1,72 @@
+"""Multiple choice about the world: rows for ARC and MMLU, and pages of quizzes with their answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanochat.tinyworld.facts import Fact
+from nanochat.tinyworld.rng import Rng
+
+LETTERS = ("A", "B", "C", "D")
+# What school science asks about; the rest of the world is general knowledge.
+SCIENCE = frozenset(("animals", "foods", "time", "things", "words", "jobs"))
+NUM_PAGE_QUESTIONS = (1, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One question with four choices of one type; `answer` is the index of the right one."""
+
+    question: str
+    subject: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+class Quiz:
+    """Questions with choices about facts; each set of facts has its own kind of exam."""
+
+    def __init__(self, facts: tuple[Fact, ...]) -> None:
+        self.facts = facts
+        self.easy = tuple(fact for fact in facts if fact.topic in SCIENCE and not fact.two_hop)
+        self.hard = tuple(fact for fact in facts if fact.two_hop)
+        self._tested = {id(group): _with_tests(group) for group in (self.facts, self.easy, self.hard)}
+
+    def question(self, rng: Rng, facts: tuple[Fact, ...], test: bool = False) -> Choice:
+        """A question about one of `facts` (one of this quiz's three groups)."""
+        fact = rng.pick(self._tested[id(facts)] if test else facts)
+        return choice_about(rng, fact, rng.pick(fact.test_questions if test else fact.questions))
+
+    def page(self, rng: Rng) -> str:
+        """An exam sheet with answers; some start with the facts that it asks about."""
+        facts = [rng.pick(self.facts) for _ in range(rng.between(*NUM_PAGE_QUESTIONS))]
+        parts = []
+        if rng.chance(0.3):
+            parts.append(" ".join(rng.pick(fact.statements) for fact in rng.shuffled(facts)))
+        for fact in facts:
+            choice = choice_about(rng, fact, rng.pick(fact.questions))
+            answer = LETTERS[choice.answer]
+            reason = f"\n{fact.statements[0]}" if rng.chance(0.4) else ""
+            parts.append(f"{printed(choice)}\n{answer}{reason}")
+        return "\n\n".join(parts)
+
+
+def choice_about(rng: Rng, fact: Fact, question: str) -> Choice:
+    """Four choices in random order, every position of the answer equally likely."""
+    answer = rng.below(4)
+    choices = rng.sample(fact.wrong, 3)
+    choices.insert(answer, fact.answer)
+    return Choice(question, fact.topic, tuple(choices), answer)
+
+
+def printed(choice: Choice) -> str:
+    """The question as the chat format of the tasks shows it."""
+    lines = "".join(f"- {text}={letter}\n" for text, letter in zip(choice.choices, LETTERS, strict=True))
+    return (
+        f"Multiple Choice question: {choice.question}\n{lines}"
+        "\nRespond only with the letter of the correct answer."
+    )
+
+
+def _with_tests(facts: tuple[Fact, ...]) -> tuple[Fact, ...]:
+    return tuple(fact for fact in facts if fact.test_questions)

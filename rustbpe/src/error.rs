@@ -1,0 +1,67 @@
+//! The one error type of the crate.
+
+use std::fmt;
+
+/// Everything that can go wrong, whoever caused it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Error {
+    /// Fewer than the 256 single bytes were asked for.
+    VocabTooSmall(u64),
+    /// The split pattern does not compile.
+    BadPattern(String),
+    /// The regular-expression engine gave up on a text, e.g. at its backtracking limit.
+    Split(String),
+    /// The distinct pieces do not fit 32-bit positions.
+    CorpusTooLarge,
+    /// A rank table lacks this single byte.
+    MissingByte(u8),
+    /// A rank table gives the same bytes or the same id twice.
+    DuplicateToken {
+        /// Bytes of the second entry.
+        token: Vec<u8>,
+        /// Id of the second entry.
+        id: u32,
+    },
+    /// No token has this id.
+    UnknownId(i64),
+    /// No special token has this name.
+    UnknownSpecial(String),
+    /// Decoded bytes are not UTF-8.
+    InvalidUtf8 {
+        /// All decoded bytes.
+        bytes: Vec<u8>,
+        /// First offending byte.
+        start: usize,
+        /// One past the last offending byte.
+        end: usize,
+    },
+    /// The caller asked to stop.
+    Interrupted,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::VocabTooSmall(size) => {
+                write!(f, "vocab_size is {size}, but the 256 single bytes alone need 256")
+            }
+            Error::BadPattern(reason) => write!(f, "invalid split pattern: {reason}"),
+            Error::Split(reason) => write!(f, "the split pattern failed on a text: {reason}"),
+            Error::CorpusTooLarge => {
+                write!(f, "the distinct pieces of the corpus exceed 4 GiB; train on less text")
+            }
+            Error::MissingByte(byte) => write!(f, "the ranks lack the single byte 0x{byte:02x}"),
+            Error::DuplicateToken { token, id } => {
+                write!(f, "token {:?} or id {id} occurs twice", String::from_utf8_lossy(token))
+            }
+            Error::UnknownId(id) => write!(f, "no token has id {id}"),
+            Error::UnknownSpecial(name) => write!(f, "{name:?} is not a special token"),
+            Error::InvalidUtf8 { start, end, .. } => {
+                write!(f, "decoded bytes {start}..{end} are not valid UTF-8")
+            }
+            Error::Interrupted => write!(f, "interrupted"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}

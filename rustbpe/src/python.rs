@@ -1,0 +1,326 @@
+//! The Python module: argument checking, the GIL, exceptions and arrays.
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::thread::available_parallelism;
+
+use pyo3::exceptions::{
+    PyKeyboardInterrupt, PyRuntimeError, PyTypeError, PyUnicodeDecodeError, PyUnicodeEncodeError,
+    PyValueError,
+};
+use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedStr;
+use pyo3::types::{PyByteArray, PyBytes, PyList, PyString};
+
+use crate::batch::{encode_batch, Frame, Run};
+use crate::decode::{decode, decode_bytes, Utf8Stream};
+use crate::encode::Encoder;
+use crate::error::Error;
+use crate::pattern::Pattern;
+use crate::vocab::Vocab;
+
+mod training;
+
+/// Longer texts are encoded with the GIL released.
+const MIN_BYTES_TO_DETACH: usize = 1 << 12;
+
+impl From<Error> for PyErr {
+    fn from(error: Error) -> PyErr {
+        match error {
+            Error::InvalidUtf8 { bytes, start, end } => {
+                PyUnicodeDecodeError::new_err(("utf-8", bytes, start, end, "invalid UTF-8 in tokens"))
+            }
+            Error::Split(_) | Error::CorpusTooLarge => PyRuntimeError::new_err(error.to_string()),
+            Error::Interrupted => PyKeyboardInterrupt::new_err(()),
+            _ => PyValueError::new_err(error.to_string()),
+        }
+    }
+}
+
+/// Learns a byte-pair encoding and encodes with it.
+#[pyclass(frozen, module = "rustbpe")]
+struct Tokenizer {
+    encoder: RwLock<Arc<Encoder>>,
+}
+
+#[pymethods]
+impl Tokenizer {
+    /// A tokenizer that knows the 256 bytes and has no pattern yet.
+    #[new]
+    fn new() -> PyResult<Tokenizer> {
+        let encoder = Encoder::new(Pattern::new("")?, Vocab::bytes_only(), BTreeMap::new())?;
+        Ok(Tokenizer { encoder: RwLock::new(Arc::new(encoder)) })
+    }
+
+    /// A tokenizer with given (bytes, id) ranks, as tiktoken has them, and special tokens.
+    #[staticmethod]
+    #[pyo3(signature = (ranks, pattern, special_tokens=BTreeMap::new()))]
+    fn from_ranks(
+        py: Python<'_>,
+        ranks: &Bound<'_, PyAny>,
+        pattern: &str,
+        special_tokens: BTreeMap<String, u32>,
+    ) -> PyResult<Tokenizer> {
+        let ranks = ranks.try_iter()?.map(|pair| pair?.extract()).collect::<PyResult<Vec<_>>>()?;
+        let encoder =
+            py.detach(|| Encoder::new(Pattern::new(pattern)?, Vocab::new(ranks)?, special_tokens))?;
+        Ok(Tokenizer { encoder: RwLock::new(Arc::new(encoder)) })
+    }
+
+    /// Learns up to vocab_size - 256 merges from an iterable of str; replaces earlier training.
+    #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None, *, num_threads=None))]
+    fn train_from_iterator(
+        &self,
+        py: Python<'_>,
+        iterator: &Bound<'_, PyAny>,
+        vocab_size: u64,
+        buffer_size: usize,
+        pattern: Option<&str>,
+        num_threads: Option<usize>,
+    ) -> PyResult<()> {
+        let threads = threads(num_threads)?;
+        let trained = training::train(py, iterator, vocab_size, buffer_size, pattern, threads)?;
+        *self.encoder.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(trained);
+        Ok(())
+    }
+
+    /// The split pattern; empty before training.
+    fn get_pattern(&self) -> String {
+        self.encoder().pattern.source().to_owned()
+    }
+
+    /// (bytes, id) of every learned token, in order of ids.
+    fn get_mergeable_ranks<'py>(&self, py: Python<'py>) -> PyResult<Vec<(Bound<'py, PyBytes>, u32)>> {
+        let encoder = self.encoder();
+        let pair = |id: &u32| Ok((PyBytes::new(py, encoder.token(*id)?), *id));
+        encoder.vocab.ids().iter().map(pair).collect()
+    }
+
+    /// Number of learned tokens, the 256 bytes included, special tokens not.
+    #[getter]
+    fn vocab_size(&self) -> usize {
+        self.encoder().vocab.len()
+    }
+
+    /// Ids of the special tokens by name.
+    #[getter]
+    fn special_tokens(&self) -> BTreeMap<String, u32> {
+        self.encoder().specials.clone()
+    }
+
+    /// Ids of a text in which nothing is special.
+    fn encode_ordinary<'py>(&self, text: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyList>> {
+        self.encode_text(text, |encoder, text, ids| encoder.encode_ordinary(&encoder.pattern, text, ids))
+    }
+
+    /// Ids of a text in which the names in allowed_special become special tokens.
+    #[pyo3(signature = (text, allowed_special=HashSet::new()))]
+    fn encode<'py>(
+        &self,
+        text: &Bound<'py, PyAny>,
+        allowed_special: HashSet<String>,
+    ) -> PyResult<Bound<'py, PyList>> {
+        let allowed: Vec<&str> = allowed_special.iter().map(String::as_str).collect();
+        self.encode_text(text, |encoder, text, ids| encoder.encode(text, &allowed, ids))
+    }
+
+    /// Ids of each text, encoded in parallel.
+    #[pyo3(signature = (texts, *, num_threads=None))]
+    fn batch_encode<'py>(
+        &self,
+        texts: &Bound<'py, PyAny>,
+        num_threads: Option<usize>,
+    ) -> PyResult<Bound<'py, PyList>> {
+        let rows = PyList::empty(texts.py());
+        for run in self.encode_runs(texts, Frame::default(), num_threads)? {
+            let mut ids = &run.ids[..];
+            for len in run.lens {
+                let (row, rest) = ids.split_at(len);
+                rows.append(PyList::new(texts.py(), row)?)?;
+                ids = rest;
+            }
+        }
+        Ok(rows)
+    }
+
+    /// Ids of all texts in one array, and int64 offsets of length len(texts) + 1.
+    ///
+    /// The ids have the smallest unsigned dtype that fits every id of the tokenizer.
+    #[pyo3(signature = (texts, prepend=None, append=None, num_threads=None))]
+    fn encode_batch_arrays<'py>(
+        &self,
+        texts: &Bound<'py, PyAny>,
+        prepend: Option<u32>,
+        append: Option<u32>,
+        num_threads: Option<usize>,
+    ) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
+        let runs = self.encode_runs(texts, Frame { prepend, append }, num_threads)?;
+        let max_id = [Some(self.encoder().max_id()), prepend, append].into_iter().flatten().max();
+        let lens = runs.iter().flat_map(|run| &run.lens);
+        let mut offsets = vec![0i64];
+        offsets.extend(lens.scan(0, |sum, len| {
+            *sum += *len as i64;
+            Some(*sum)
+        }));
+        let py = texts.py();
+        let ids = match max_id.unwrap_or(0) {
+            0..=0xff => array(py, "uint8", &id_slices(&runs), |id| [id as u8]),
+            0x100..=0xffff => array(py, "uint16", &id_slices(&runs), |id| (id as u16).to_ne_bytes()),
+            _ => array(py, "uint32", &id_slices(&runs), |id| id.to_ne_bytes()),
+        };
+        Ok((ids?, array(py, "int64", &[&offsets], i64::to_ne_bytes)?))
+    }
+
+    /// Text of the ids; UnicodeDecodeError if the bytes are not UTF-8, unless errors="replace".
+    #[pyo3(signature = (ids, errors="strict"))]
+    fn decode(&self, ids: &Bound<'_, PyAny>, errors: &str) -> PyResult<String> {
+        let (encoder, ids) = (self.encoder(), id_list(ids)?);
+        match errors {
+            "strict" => Ok(decode(&encoder, &ids)?),
+            "replace" => Ok(String::from_utf8_lossy(&decode_bytes(&encoder, &ids)?).into_owned()),
+            _ => Err(PyValueError::new_err(format!("errors is {errors:?}; use 'strict' or 'replace'"))),
+        }
+    }
+
+    /// Bytes of the ids.
+    fn decode_bytes<'py>(&self, ids: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
+        Ok(PyBytes::new(ids.py(), &decode_bytes(&self.encoder(), &id_list(ids)?)?))
+    }
+
+    /// Bytes of one token; the name of a special one.
+    fn token_bytes<'py>(&self, id: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
+        Ok(PyBytes::new(id.py(), self.encoder().token(token_id(id)?)?))
+    }
+}
+
+impl Tokenizer {
+    fn encoder(&self) -> Arc<Encoder> {
+        self.encoder.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn encode_text<'py>(
+        &self,
+        text: &Bound<'py, PyAny>,
+        encode: impl Fn(&Encoder, &str, &mut Vec<u32>) -> Result<(), Error> + Sync,
+    ) -> PyResult<Bound<'py, PyList>> {
+        let (py, encoder, text) = (text.py(), self.encoder(), repaired(text)?);
+        let mut ids = Vec::with_capacity(text.len() / 3 + 1);
+        if text.len() < MIN_BYTES_TO_DETACH {
+            encode(&encoder, &text, &mut ids)?;
+        } else {
+            py.detach(|| encode(&encoder, &text, &mut ids))?;
+        }
+        PyList::new(py, ids)
+    }
+
+    fn encode_runs(
+        &self,
+        texts: &Bound<'_, PyAny>,
+        frame: Frame,
+        num_threads: Option<usize>,
+    ) -> PyResult<Vec<Run>> {
+        let (encoder, num_threads) = (self.encoder(), threads(num_threads)?);
+        refuse_str(texts, "texts")?;
+        let texts = texts.try_iter()?.map(|text| repaired(&text?)).collect::<PyResult<Vec<_>>>()?;
+        Ok(texts_py(&texts, |texts| encode_batch(&encoder, texts, frame, num_threads))?)
+    }
+}
+
+/// Runs `work` on the texts with the GIL released.
+fn texts_py<R: Send>(texts: &[PyBackedStr], work: impl FnOnce(&[PyBackedStr]) -> R + Send) -> R {
+    Python::attach(|py| py.detach(|| work(texts)))
+}
+
+/// Decodes a stream of ids and holds back bytes that do not end a character yet.
+#[pyclass(module = "rustbpe")]
+struct StreamDecoder {
+    encoder: Arc<Encoder>,
+    stream: Utf8Stream,
+}
+
+#[pymethods]
+impl StreamDecoder {
+    #[new]
+    fn new(tokenizer: &Tokenizer) -> StreamDecoder {
+        StreamDecoder { encoder: tokenizer.encoder(), stream: Utf8Stream::default() }
+    }
+
+    /// Text that is complete after this id; invalid bytes become U+FFFD.
+    fn push(&mut self, id: &Bound<'_, PyAny>) -> PyResult<String> {
+        Ok(self.stream.push(self.encoder.token(token_id(id)?)?))
+    }
+
+    /// What is left at the end: nothing, or U+FFFD for an unfinished character.
+    fn flush(&mut self) -> String {
+        self.stream.flush()
+    }
+}
+
+fn threads(num_threads: Option<usize>) -> PyResult<usize> {
+    match num_threads {
+        Some(0) => Err(PyValueError::new_err("num_threads is 0; give at least 1, or None for all cores")),
+        Some(num) => Ok(num),
+        None => Ok(available_parallelism().map_or(1, usize::from)),
+    }
+}
+
+/// A lone string is iterable, but surely not what was meant.
+fn refuse_str(value: &Bound<'_, PyAny>, name: &str) -> PyResult<()> {
+    if value.is_instance_of::<PyString>() {
+        return Err(PyTypeError::new_err(format!("{name} is one str; give an iterable of str")));
+    }
+    Ok(())
+}
+
+/// The text, with lone surrogates replaced by U+FFFD as tiktoken does.
+fn repaired(text: &Bound<'_, PyAny>) -> PyResult<PyBackedStr> {
+    let text = text.cast::<PyString>()?;
+    match PyBackedStr::try_from(text.clone()) {
+        Err(error) if error.is_instance_of::<PyUnicodeEncodeError>(text.py()) => {
+            let units = text.call_method1("encode", ("utf-16-le", "surrogatepass"))?;
+            units.call_method1("decode", ("utf-16-le", "replace"))?.extract()
+        }
+        other => other,
+    }
+}
+
+fn token_id(id: &Bound<'_, PyAny>) -> PyResult<u32> {
+    let id: i64 = id.extract()?;
+    u32::try_from(id).map_err(|_| Error::UnknownId(id).into())
+}
+
+fn id_list(ids: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
+    ids.try_iter()?.map(|id| token_id(&id?)).collect()
+}
+
+fn id_slices(runs: &[Run]) -> Vec<&[u32]> {
+    runs.iter().map(|run| &run.ids[..]).collect()
+}
+
+/// A writable one-dimensional numpy array of all values of the slices.
+fn array<'py, T: Copy + Sync, const N: usize>(
+    py: Python<'py>,
+    dtype: &str,
+    slices: &[&[T]],
+    bytes_of: impl Fn(T) -> [u8; N] + Sync,
+) -> PyResult<Bound<'py, PyAny>> {
+    let num: usize = slices.iter().map(|slice| slice.len()).sum();
+    let buffer = PyByteArray::new_with(py, num * N, |buffer| {
+        py.detach(|| {
+            let values = slices.iter().flat_map(|slice| slice.iter());
+            for (target, value) in buffer.chunks_exact_mut(N).zip(values) {
+                target.copy_from_slice(&bytes_of(*value));
+            }
+        });
+        Ok(())
+    })?;
+    py.import("numpy")?.call_method1("frombuffer", (buffer, dtype))
+}
+
+#[pymodule]
+fn rustbpe(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("GPT4_PATTERN", crate::pattern::GPT4_PATTERN)?;
+    module.add("NANOCHAT_PATTERN", crate::pattern::NANOCHAT_PATTERN)?;
+    module.add_class::<Tokenizer>()?;
+    module.add_class::<StreamDecoder>()
+}

@@ -1,0 +1,206 @@
+"""Evaluate a base model: CORE, bits per byte of the training and validation text, and samples to look at.
+
+python -m scripts.base_eval
+python -m scripts.base_eval --hf-path=openai-community/gpt2 --eval=core,bpb
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanochat.common import UserError, get_base_dir, read_json, whole_file, write_json
+from nanochat.configurator import option, run
+from scripts.base_train import PROMPTS
+
+if TYPE_CHECKING:
+    import torch
+
+    from nanochat.common import World
+    from nanochat.document_reader import DocumentTokenizer
+    from nanochat.gpt import GPT
+    from nanochat.hf_eval import HuggingFaceModel
+    from nanochat.tokenizer_base import Tokenizer
+
+MODES = ("core", "bpb", "sample")
+
+
+@dataclass(frozen=True)
+class Config:
+    eval: str = option("core,bpb,sample", "what to evaluate: core, bpb, sample, separated by commas")
+    hf_path: str | None = option(None, "a Hugging Face model to evaluate instead of our own")
+    model_tag: str | None = option(None, "checkpoint folder; default the largest model")
+    step: int | None = option(None, "step of the checkpoint; default the last")
+    max_per_task: int = option(-1, "examples per CORE task; -1 = all")
+    device_batch_size: int = option(32, "rows per forward pass and rank, for bits per byte")
+    split_tokens: int = option(40 * 524288, "tokens per split, for bits per byte")
+    device_type: str = option("", "cuda, mps or cpu; default the best there is")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model under evaluation and what belongs to it."""
+
+    name: str
+    slug: str
+    model: GPT | HuggingFaceModel
+    tokenizer: Tokenizer
+    encoder: DocumentTokenizer
+    token_bytes: torch.Tensor
+    seq_len: int
+    record: Path  # the JSON file of the results
+
+
+def main(cfg: Config) -> None:
+    """Evaluate a base model: CORE, bits per byte and samples."""
+    evaluate(cfg, "Base model evaluation")
+
+
+def evaluate(cfg: Config, section: str) -> None:
+    """Evaluate as configured and log the section of the report."""
+    from nanochat.common import data_source, distributed, print0
+    from nanochat.report import get_report
+
+    modes = parse_modes(cfg.eval)
+    with distributed(cfg.device_type) as world:
+        subject = load_subject(cfg, world)
+        print0(f"model: {subject.name} | data source: {data_source()}")
+        results: dict = {"model": subject.name}
+        samples = sample(subject, world) if "sample" in modes else {}
+        if "bpb" in modes:
+            results |= {f"{s} bpb": bits_per_byte(cfg, subject, s, world) for s in ("train", "val")}
+        centered: dict[str, float] = {}
+        if "core" in modes:
+            centered = core(cfg, subject, world, results)
+        if world.is_main:
+            record = results | samples | ({"centered_results": centered} if centered else {})
+            # what another mode found earlier stays
+            write_json(
+                subject.record, (read_json(subject.record) if subject.record.exists() else {}) | record
+            )
+            print0(f"results: {subject.record}")
+        get_report().log(section=section, data=[results, centered, samples])
+
+
+def parse_modes(text: str) -> list[str]:
+    """The modes of --eval. Raises UserError for an unknown one."""
+    modes = [mode.strip() for mode in text.split(",") if mode.strip()]
+    if unknown := [mode for mode in modes if mode not in MODES]:
+        raise UserError(f"--eval: unknown {', '.join(unknown)}; use {', '.join(MODES)}")
+    if not modes:
+        raise UserError(f"--eval names nothing to do; use {', '.join(MODES)}")
+    return modes
+
+
+# --- the model ---------------------------------------------------------------------------------------
+
+
+def load_subject(cfg: Config, world: World) -> Subject:
+    """Our checkpoint, or with --hf-path a Hugging Face model."""
+    if cfg.hf_path is not None:
+        return _load_hugging_face(cfg.hf_path, world)
+    import torch
+
+    from nanochat.checkpoint_manager import load_model, locate
+
+    directory, step = locate("base", cfg.model_tag, cfg.step)
+    model, tokenizer, _ = load_model("base", world.device, "eval", directory.name, step)
+    return Subject(
+        f"base model {directory.name} (step {step})", f"base_model_{step:06d}", model, tokenizer, tokenizer,
+        torch.from_numpy(tokenizer.token_bytes_lengths()).to(world.device), model.config.sequence_len,
+        directory / f"base_eval_{step:06d}.json",
+    )  # fmt: skip
+
+
+def _load_hugging_face(path: str, world: World) -> Subject:
+    from nanochat.hf_eval import GPT2_CONTEXT, DocumentEncoder, HuggingFaceModel, token_bytes
+    from nanochat.tokenizer import HuggingFaceTokenizer
+
+    model = HuggingFaceModel.from_pretrained(path, world.device)
+    if Path(path).is_dir():
+        tokenizer = HuggingFaceTokenizer.from_directory(path)
+    else:
+        tokenizer = HuggingFaceTokenizer.from_pretrained(path)
+    slug = path.strip("/").replace("/", "-")
+    return Subject(
+        path, slug, model, tokenizer, DocumentEncoder(tokenizer), token_bytes(tokenizer).to(world.device),
+        model.max_seq_len or GPT2_CONTEXT, get_base_dir() / "base_eval" / f"{slug}.json",
+    )  # fmt: skip
+
+
+# --- what is measured --------------------------------------------------------------------------------
+
+
+def sample(subject: Subject, world: World) -> dict[str, str]:
+    """Greedy continuations of the prompts and free samples, made and printed on rank 0 (own models only)."""
+    from nanochat.engine import Engine, SamplingParams
+    from nanochat.gpt import GPT
+
+    if not world.is_main or not isinstance(subject.model, GPT):
+        return {}
+    engine, tokenizer = Engine(subject.model, subject.tokenizer, tools={}), subject.tokenizer
+    bos = tokenizer.get_bos_token_id()
+    prompts = [tokenizer.encode(text, prepend=bos) for text in PROMPTS]
+    greedy = engine.complete_many(prompts, SamplingParams(temperature=0.0, max_tokens=16))
+    free = engine.complete_many([[bos]] * 8, SamplingParams(temperature=1.0, max_tokens=128, seed=42))
+    texts = {
+        f"sample {i}": prompt + tokenizer.decode(completion.content)
+        for i, (prompt, completion) in enumerate(zip(PROMPTS, greedy, strict=True))
+    }
+    texts |= {f"unconditioned {i}": tokenizer.decode(c.content) for i, c in enumerate(free)}
+    for name, text in texts.items():
+        print(f"{name}: {text!r}", flush=True)
+    return texts
+
+
+def bits_per_byte(cfg: Config, subject: Subject, split: str, world: World) -> float:
+    """Bits per byte of a split, over a whole number of steps. Collective."""
+    from contextlib import closing
+
+    from nanochat.common import print0
+    from nanochat.dataloader import PretrainLoader
+    from nanochat.loss_eval import evaluate_bpb
+
+    rows, length = cfg.device_batch_size, subject.seq_len
+    per_step = rows * length * world.size
+    steps = cfg.split_tokens // per_step
+    if steps < 1:
+        raise UserError(
+            f"--split-tokens={cfg.split_tokens:,} is less than one step of {per_step:,} tokens "
+            f"({rows} rows x {length} tokens x {world.size} ranks); lower --device-batch-size"
+        )
+    if steps * per_step != cfg.split_tokens:
+        print0(f"split tokens: {cfg.split_tokens:,} rounded down to {steps * per_step:,}")
+    with closing(PretrainLoader(subject.encoder, rows, length, split, world)) as loader:
+        bpb = evaluate_bpb(subject.model, loader, steps, subject.token_bytes, world)
+    print0(f"{split} bpb: {bpb:.6f}")
+    return bpb
+
+
+def core(cfg: Config, subject: Subject, world: World, results: dict) -> dict[str, float]:
+    """Centred accuracies by task; adds the metric to results and writes the table. Collective."""
+    from nanochat.common import print0
+    from nanochat.core_eval import evaluate_core
+
+    outcome = evaluate_core(subject.model, subject.tokenizer, world, cfg.max_per_task)
+    results["CORE metric"] = outcome["core_metric"]
+    print0(f"CORE metric: {outcome['core_metric']:.4f}")
+    if world.is_main:
+        path = get_base_dir() / "base_eval" / f"{subject.slug}.csv"
+        write_table(path, outcome["results"], outcome["centered_results"], outcome["core_metric"])
+        print0(f"table: {path}")
+    return outcome["centered_results"]
+
+
+def write_table(path: Path, accuracies: dict[str, float], centered: dict[str, float], metric: float) -> None:
+    """Write the results of CORE as aligned comma-separated values."""
+    rows = [("Task", "Accuracy", "Centered")]
+    rows += [(label, f"{accuracies[label]:.6f}", f"{centered[label]:.6f}") for label in accuracies]
+    rows.append(("CORE", "", f"{metric:.6f}"))
+    with whole_file(path, "w") as file:
+        file.writelines(f"{label:<35}, {accuracy:<10}, {value:<10}\n" for label, accuracy, value in rows)
+
+
+if __name__ == "__main__":
+    run(Config, main)

@@ -1,0 +1,239 @@
+"""Pretrain a model from scratch on the pretraining shards.
+
+python -m scripts.base_train --depth=12
+torchrun --standalone --nproc_per_node=8 -m scripts.base_train --depth=24
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nanochat.configurator import as_dict, option, run
+
+if TYPE_CHECKING:
+    import torch
+
+    from nanochat.common import World
+    from nanochat.gpt import GPT
+    from nanochat.scaling import Horizon
+    from nanochat.schedule import Schedule
+    from nanochat.tokenizer import RustBPETokenizer
+    from nanochat.trainer import Evaluation
+
+PROMPTS = (
+    "The capital of France is",
+    "The chemical symbol of gold is",
+    "If yesterday was Friday, then tomorrow will be",
+    "The opposite of hot is",
+    "The planets of the solar system are:",
+    "My favorite color is",
+    "If 5*x + 3 = 13, then x is",
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    run: str = option("dummy", "wandb run name; dummy: no wandb")
+    device_type: str = option("", "cuda, mps or cpu; empty: the best there is")
+    compile: str = option("auto", "compile the step", choices=("auto", "on", "off"))
+    # model
+    arch: str = option("modern", "architecture", choices=("modern", "classic"))
+    depth: int = option(20, "layers; every other size follows from it")
+    aspect_ratio: int = option(64, "width = depth x this, rounded up to whole heads")
+    head_dim: int = option(128, "size of an attention head")
+    kv_heads: int = option(0, "key/value heads; 0: as many as query heads")
+    max_seq_len: int = option(2048, "context in tokens")
+    window_pattern: str = option("SSSL", "attention windows of the layers: S short, L full (modern only)")
+    # horizon, in order of precedence
+    num_iterations: int = option(-1, "optimizer steps; -1: from the next two")
+    target_flops: float = option(-1.0, "train for this many FLOPs; -1: off")
+    target_param_data_ratio: float = option(12.0, "tokens per parameter (matrices and head)")
+    # optimization
+    device_batch_size: int = option(32, "rows per micro-batch and rank; lower it when memory runs out")
+    total_batch_size: int = option(-1, "tokens per step; -1: from the scaling law")
+    embedding_lr: float = option(0.3, "learning rate of the embedding tables (AdamW)")
+    unembedding_lr: float = option(0.008, "learning rate of the head (AdamW)")
+    matrix_lr: float = option(0.02, "learning rate of the matrices (Muon)")
+    scalar_lr: float = option(0.5, "learning rate of the residual scalars (AdamW)")
+    weight_decay: float = option(0.28, "weight decay of the matrices at depth 12")
+    warmup_steps: int = option(40, "steps of rising learning rate, at most a tenth of the run")
+    warmdown_ratio: float = option(0.65, "part of the run with falling learning rate")
+    final_lr_frac: float = option(0.05, "learning rate at the end, relative to the peak")
+    momentum_warmup_steps: int = option(400, "steps over which Muon's momentum rises")
+    # data
+    packing: str = option("bestfit", "rows start with BOS, or one stream", choices=("bestfit", "stream"))
+    # evaluation
+    eval_every: int = option(250, "steps between validations; -1: off")
+    eval_tokens: int = option(80 * 524288, "validation tokens")
+    core_metric_every: int = option(2000, "steps between CORE evaluations; -1: off")
+    core_metric_max_per_task: int = option(500, "examples per CORE task; -1: all")
+    sample_every: int = option(2000, "steps between samples; -1: off")
+    # checkpoints
+    model_tag: str | None = option(None, "name of the checkpoint folder; default d<depth>")
+    save_every: int = option(-1, "steps between checkpoints; -1: only at the end and when interrupted")
+    keep_last: int = option(0, "checkpoints to keep; 0: all")
+    resume: str = option("auto", "auto: continue the run in the folder; never: start over; or a step")
+    seed: int = option(42, "seed of the initial weights")
+
+
+def main(cfg: Config) -> None:
+    """Pretrain a model from scratch on the pretraining shards."""
+    from nanochat.common import distributed, print0
+    from nanochat.dataloader import PretrainLoader
+    from nanochat.scaling import accumulation_steps
+    from nanochat.stage import announce, announce_batch, announce_model, checkpoint_folder, finish
+    from nanochat.tokenizer import get_tokenizer
+    from nanochat.trainer import TrainingPlan, find_resume_point, train
+
+    with distributed(cfg.device_type, cfg.seed) as world:
+        dtype, compiled = announce(world, cfg.compile)
+        tokenizer = get_tokenizer()
+        directory = checkpoint_folder("base", cfg.model_tag or f"d{cfg.depth}")
+        resume_from = find_resume_point(directory, world, cfg.resume)
+
+        model = build_model(cfg, tokenizer.get_vocab_size(), world.device, dtype)
+        if resume_from is None:
+            model.init_weights()
+        else:
+            model.load_state_dict(resume_from.model_state(world.device))
+        announce_model(model)
+
+        horizon = plan_run(cfg, model)
+        rows, length, total = cfg.device_batch_size, cfg.max_seq_len, horizon.total_batch_size
+        accumulation = accumulation_steps(total, rows, length, world.size)
+        announce_batch(total, rows, length, world, accumulation)
+        print0(f"horizon: {horizon.num_steps:,} steps, {horizon.num_tokens:,} tokens (from {horizon.source})")
+        schedule = make_schedule(cfg, horizon)
+        print0(schedule.describe())
+        scale = horizon.lr_scale
+        optimizer = model.setup_optimizer(
+            world,
+            unembedding_lr=cfg.unembedding_lr * scale,
+            embedding_lr=cfg.embedding_lr * scale,
+            matrix_lr=cfg.matrix_lr * scale,
+            scalar_lr=cfg.scalar_lr * scale,
+            weight_decay=schedule.weight_decay,
+        )
+        plan = TrainingPlan(
+            stage="base",
+            directory=directory,
+            schedule=schedule,
+            total_batch_size=total,
+            accumulation=accumulation,
+            settings=as_dict(cfg),
+            run=cfg.run,
+            evaluations=evaluations(cfg, model, tokenizer, world),
+            save_every=cfg.save_every,
+            keep_last=cfg.keep_last,
+            compile=compiled,
+            extra_meta={"device_batch_size": rows, "max_seq_len": length, "lr_scale": scale},
+        )
+
+        def make_loader(state: dict | None) -> PretrainLoader:
+            return PretrainLoader(tokenizer, rows, length, "train", world, packing=cfg.packing, state=state)
+
+        state = train(plan, world, model, tokenizer, optimizer, make_loader, resume_from)
+        ratio = horizon.num_tokens / scaling_params(model)
+        finish("Base model training", plan, world, model, state, {"Tokens : Scaling params ratio": ratio})
+
+
+def build_model(cfg: Config, vocab_size: int, device: torch.device | str, dtype: torch.dtype) -> GPT:
+    """The network that the flags describe, allocated but not initialised."""
+    from nanochat.gpt import GPT, GPTConfig
+    from nanochat.scaling import model_dimensions
+
+    size = model_dimensions(cfg.depth, cfg.aspect_ratio, cfg.head_dim)
+    sizes = {
+        "sequence_len": cfg.max_seq_len,
+        "vocab_size": vocab_size,
+        "n_layer": size.n_layer,
+        "n_embd": size.n_embd,
+        "n_head": size.n_head,
+        "n_kv_head": cfg.kv_heads or size.n_head,
+    }
+    if cfg.arch == "classic":
+        return GPT.build(GPTConfig.classic(**sizes), device, dtype)
+    return GPT.build(GPTConfig.modern(window_pattern=cfg.window_pattern, **sizes), device, dtype)
+
+
+def scaling_params(model: GPT) -> int:
+    counts = model.num_scaling_params()
+    return counts["transformer_matrices"] + counts["lm_head"]
+
+
+def plan_run(cfg: Config, model: GPT) -> Horizon:
+    """Steps, batch and scale of the learning rates; the 12-layer model with the same flags is the reference."""
+    from dataclasses import replace
+
+    from nanochat.scaling import REFERENCE_DEPTH, plan_horizon
+
+    reference = build_model(
+        replace(cfg, depth=REFERENCE_DEPTH), model.config.vocab_size, "meta", model.compute_dtype
+    )
+    return plan_horizon(
+        scaling_params(model),
+        scaling_params(reference),
+        model.estimate_flops(),
+        num_iterations=cfg.num_iterations,
+        target_flops=cfg.target_flops,
+        param_data_ratio=cfg.target_param_data_ratio,
+        total_batch_size=cfg.total_batch_size,
+    )
+
+
+def make_schedule(cfg: Config, horizon: Horizon) -> Schedule:
+    from nanochat.schedule import Schedule
+
+    return Schedule(
+        num_steps=horizon.num_steps,
+        warmup_steps=min(cfg.warmup_steps, horizon.num_steps // 10),
+        warmdown_steps=round(cfg.warmdown_ratio * horizon.num_steps),
+        final_lr_frac=cfg.final_lr_frac,
+        momentum_warmup_steps=cfg.momentum_warmup_steps,
+        momentum_end=0.90,
+        weight_decay=cfg.weight_decay * horizon.weight_decay_scale,
+    )
+
+
+def evaluations(cfg: Config, model: GPT, tokenizer: RustBPETokenizer, world: World) -> tuple[Evaluation, ...]:
+    """Bits per byte on the validation shard, CORE, and a few continuations to look at."""
+    from nanochat.common import print0
+    from nanochat.core_eval import evaluate_core
+    from nanochat.dataloader import PretrainLoader
+    from nanochat.engine import Engine
+    from nanochat.loss_eval import evaluate_bpb
+    from nanochat.tokenizer import get_token_bytes
+    from nanochat.trainer import Evaluation
+
+    token_bytes = get_token_bytes(world.device)
+
+    def bits_per_byte(step: int) -> dict:
+        loader = PretrainLoader(tokenizer, cfg.device_batch_size, cfg.max_seq_len, "val", world)
+        batches = max(cfg.eval_tokens // (cfg.device_batch_size * cfg.max_seq_len * world.size), 1)
+        bpb = evaluate_bpb(model, loader, batches, token_bytes, world)
+        loader.close()
+        return {"val/bpb": bpb}
+
+    def core(step: int) -> dict:
+        outcome = evaluate_core(model, tokenizer, world, max_per_task=cfg.core_metric_max_per_task)
+        return {"core_metric": outcome["core_metric"], "centered_results": outcome["centered_results"]}
+
+    def samples(step: int) -> dict:
+        if world.is_main:
+            engine = Engine(model, tokenizer)
+            for prompt in PROMPTS:
+                ids = tokenizer.encode(prompt, prepend=tokenizer.get_bos_token_id())
+                results, _ = engine.generate_batch(ids, max_tokens=16, temperature=0)
+                print0(f"  {tokenizer.decode(results[0][1:])!r}")
+        return {}
+
+    return (
+        Evaluation(cfg.eval_every, bits_per_byte, at_start=True),
+        Evaluation(cfg.core_metric_every, core),
+        Evaluation(cfg.sample_every, samples),
+    )
+
+
+if __name__ == "__main__":
+    run(Config, main)

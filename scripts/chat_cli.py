@@ -1,0 +1,325 @@
+"""Talk to a model in the terminal.
+
+python -m scripts.chat_cli                          a conversation; /help lists the commands
+python -m scripts.chat_cli -p "What is 27 + 58?"    one answer on stdout, everything else on stderr
+echo "Tell me a story" | python -m scripts.chat_cli
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING
+
+from nanochat.common import UserError, autodetect_device_type, check_device, read_json, write_json
+from nanochat.configurator import option, run
+
+if TYPE_CHECKING:
+    from nanochat.chat import Chat, Reply
+
+HELP = """\
+/clear               forget the conversation          /retry   answer the last question again
+/undo                take back the last exchange      /system TEXT   instructions for the model
+/temperature X, /topk N, /topp X, /maxtokens N, /seed N   show or set (0 = off, to the end, random)
+/save FILE, /load FILE   the conversation as JSON     /tokens  how much of the context is used
+/stats               speed of each answer on or off   /quit    leave (so do quit, exit, Ctrl-D)
+End a line with \\ to continue it, or write \"\"\" before and after several lines. Ctrl-C stops an answer."""
+
+
+@dataclass(frozen=True)
+class Config:
+    source: str | None = option(
+        None, "stage: rl, sft, mid or base; default: the latest there is", short="i",
+        choices=("rl", "sft", "mid", "base", None),
+    )  # fmt: skip
+    model_tag: str | None = option(None, "model tag; default: the largest model", short="g")
+    step: int | None = option(None, "checkpoint step; default: the last", short="s")
+    prompt: str = option("", "answer this, print the answer on stdout, and exit", short="p")
+    temperature: float = option(0.6, "0 is greedy", short="t")
+    top_k: int = option(50, "sample among this many tokens; 0 = all", short="k")
+    max_tokens: int = option(512, "longest answer; 0 = to the end of the context", short="m")
+    top_p: float = option(1.0, "sample among the likeliest tokens of this total probability")
+    seed: int | None = option(None, "makes answers repeatable; default: random")
+    system: str = option("", "instructions put before the first message")
+    color: bool = option(True, "tool calls in grey, on a terminal")
+    raw: bool = option(False, "show special tokens as text")
+    json: bool = option(False, "with a prompt: one JSON object instead of text")
+    stats: bool = option(False, "speed and context use after each answer, on stderr")
+    device_type: str = option("", "cuda, mps or cpu; default: the best there is")
+
+
+@dataclass
+class Screen:
+    """Where the answer and the tool calls are written."""
+
+    text: IO[str]
+    tools: IO[str]
+    color: bool
+    _call: str | None = None
+
+    def show(self, kind: str, text: str) -> None:
+        """Write a piece of an answer; a call waits for its result, so that both are one bracket."""
+        if kind == "python":
+            self.flush()
+            self._call = text
+        elif kind == "python_output":
+            call, self._call = self._call, None
+            self._dim(f"[{call} = {text}]" if call is not None else f"[{text}]")
+        else:
+            self.flush()
+            print(text, end="", file=self.text, flush=True)
+
+    def flush(self) -> None:
+        """Write a call that has got no result."""
+        if self._call is not None:
+            self._dim(f"[{self._call}]")
+            self._call = None
+
+    def _dim(self, text: str) -> None:
+        self.text.flush()
+        print(f"\x1b[2m{text}\x1b[0m" if self.color else text, end="", file=self.tools, flush=True)
+
+
+# --- the terminal ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Terminal:
+    """The interactive loop: read a line, obey a command or answer."""
+
+    chat: Chat
+    read: Callable[[str], str]
+    screen: Screen
+    stats: bool = False
+
+    def loop(self) -> None:
+        """Until quit, end of input, or Ctrl-C twice at the prompt."""
+        interrupted = False
+        while True:
+            try:
+                line = self._read_message().strip()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                if interrupted:
+                    return
+                interrupted = True
+                self._say("Ctrl-C again or /quit leaves")
+                continue
+            interrupted = False
+            if line.lower() in ("quit", "exit", "/quit", "/exit"):
+                return
+            try:
+                self._obey(line)
+            except UserError as error:
+                self._say(f"error: {error}")
+            except KeyboardInterrupt:  # before the answer began
+                self._say("stopped")
+
+    def _read_message(self) -> str:
+        line = self.read("User: ")
+        if line.startswith('"""'):
+            lines = [line[3:]]
+            while not lines[-1].rstrip().endswith('"""'):
+                lines.append(self.read("...   "))
+            return "\n".join(lines).rstrip().removesuffix('"""')
+        lines = [line]
+        while lines[-1].endswith("\\"):
+            lines[-1] = lines[-1][:-1]
+            lines.append(self.read("...   "))
+        return "\n".join(lines)
+
+    def _obey(self, line: str) -> None:
+        if line.lower() in ("clear", "/clear", "/new"):
+            self.chat.messages.clear()
+            self._say("a new conversation")
+        elif line.startswith("//"):
+            self._answer(line[1:])
+        elif line.startswith("/"):
+            name, _, argument = line[1:].partition(" ")
+            self._command(name.lower(), argument.strip())
+        elif line:
+            self._answer(line)
+
+    def _answer(self, question: str) -> None:
+        print("Assistant: ", end="", file=self.screen.text, flush=True)
+        try:
+            reply = self.chat.answer(question, self.screen.show, self._say)
+        finally:
+            self.screen.flush()
+            print("\n", file=self.screen.text, flush=True)
+        if self.stats:
+            self._say(reply.summary(self.chat.context))
+
+    def _command(self, name: str, argument: str) -> None:
+        chat = self.chat
+        number = {"temperature": float, "topk": int, "topp": float, "maxtokens": int, "seed": int}
+        if name in number:
+            self._set(name, argument, number[name])
+        elif name in ("retry", "undo"):
+            question = chat.undo()
+            if question is None:
+                self._say("there is nothing to take back")
+            elif name == "retry":
+                self._answer(question)
+            else:
+                self._say(f"taken back: {question}")
+        elif name == "system":
+            chat.system = argument or chat.system
+            self._say(f"system: {chat.system or '(none)'}")
+        elif name == "save":
+            write_json(_file(argument), {"system": chat.system, "messages": chat.messages})
+            self._say(f"saved {len(chat.messages)} messages to {argument}")
+        elif name == "load":
+            chat.system, chat.messages = _read_conversation(_file(argument))
+            self._say(f"loaded {len(chat.messages)} messages from {argument}")
+        elif name == "tokens":
+            used = len(chat.prompt().tokens) if chat.messages else 0
+            self._say(f"{used} of {chat.context} tokens")
+        elif name == "stats":
+            self.stats = not self.stats
+            self._say(f"stats are {'on' if self.stats else 'off'}")
+        else:
+            self._say(HELP if name == "help" else f"/{name} is not a command; /help lists them, // sends a /")
+
+    def _set(self, name: str, argument: str, kind: type) -> None:
+        attribute = {"topk": "top_k", "topp": "top_p", "maxtokens": "max_tokens"}.get(name, name)
+        if argument:
+            try:
+                value = kind(argument)
+            except ValueError:
+                raise UserError(f"/{name} needs a number, not {argument!r}") from None
+            _check_settings(**{attribute: value})
+            setattr(self.chat, attribute, (value or None) if name == "seed" else value)
+        self._say(f"{name}: {getattr(self.chat, attribute)}")
+
+    def _say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _read_conversation(path: str) -> tuple[str, list[dict]]:
+    from nanochat.conversation import checked_messages
+
+    stored = read_json(path)
+    try:
+        system, messages = str(stored.get("system", "")), list(stored["messages"])
+        if messages:
+            checked_messages({"messages": messages})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a saved conversation: {error}") from None
+    return system, messages
+
+
+def _file(argument: str) -> str:
+    if not argument:
+        raise UserError("a file name is missing")
+    return argument
+
+
+def _check_settings(
+    temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, max_tokens: int = 0, seed: int | None = None
+) -> None:
+    wrong = {
+        f"temperature {temperature} must be at least 0": not 0 <= temperature < float("inf"),
+        f"top-k {top_k} must be at least 0": top_k < 0,
+        f"top-p {top_p} must be above 0 and at most 1": not 0 < top_p <= 1,
+        f"max-tokens {max_tokens} must be at least 0": max_tokens < 0,
+    }
+    for text, is_wrong in wrong.items():
+        if is_wrong:
+            raise UserError(text)
+
+
+def _reader() -> Callable[[str], str]:
+    """Line input with editing and history where there is a terminal and the library, else input()."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        try:
+            from prompt_toolkit import PromptSession
+        except ImportError:
+            return input
+        return PromptSession().prompt
+    return input
+
+
+# --- one answer --------------------------------------------------------------------------------------
+
+
+def answer_once(chat: Chat, question: str, screen: Screen, as_json: bool, stats: bool) -> int:
+    """Answer one question: text on the screen or one JSON object on stdout. Returns the exit status."""
+
+    def notice(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    reply = chat.answer(question, (lambda kind, text: None) if as_json else screen.show, notice)
+    screen.flush()
+    if as_json:
+        print(json.dumps(_as_json(reply, chat), ensure_ascii=False))
+    else:
+        print(file=screen.text, flush=True)
+    if stats:
+        notice(reply.summary(chat.context))
+    return 130 if reply.finish_reason == "cancelled" else 0
+
+
+def _as_json(reply: Reply, chat: Chat) -> dict:
+    return {
+        "response": reply.text,
+        "finish_reason": reply.finish_reason,
+        "usage": {
+            "prompt_tokens": reply.prompt_tokens,
+            "completion_tokens": reply.completion_tokens,
+            "total_tokens": reply.prompt_tokens + reply.completion_tokens,
+        },
+        "parts": reply.parts,
+        "timings": {
+            "ttft_ms": round(1000 * reply.first_token_s, 1),
+            "tokens_per_second": round(reply.tokens_per_second, 1),
+        },
+        "seed": chat.last_seed,
+    }
+
+
+def _load(cfg: Config) -> Chat:
+    from nanochat.chat import Chat
+    from nanochat.checkpoint_manager import latest_stage, load_model
+    from nanochat.engine import Engine
+
+    source = cfg.source or latest_stage()
+    device = check_device(cfg.device_type or autodetect_device_type())
+    model, tokenizer, meta = load_model(source, device, "eval", model_tag=cfg.model_tag, step=cfg.step)
+    where = f"{source} {meta.get('model_tag', '')} step {meta.get('step', '?')}"
+    print(f"model: {' '.join(where.split())} on {device}", file=sys.stderr)
+    return Chat(
+        Engine(model, tokenizer), tokenizer, cfg.temperature, cfg.top_k, cfg.top_p, cfg.max_tokens, cfg.seed, cfg.system,
+        cfg.raw,
+    )  # fmt: skip
+
+
+def main(cfg: Config) -> None:
+    """Talk to a model: a conversation in the terminal, or one answer with --prompt or piped input."""
+    _check_settings(cfg.temperature, cfg.top_k, cfg.top_p, cfg.max_tokens)
+    question = cfg.prompt
+    if not question and not sys.stdin.isatty():
+        question = sys.stdin.read().strip()
+        if not question:
+            raise UserError("nothing to answer: standard input is empty; give -p TEXT or type in a terminal")
+    if cfg.json and not question:
+        raise UserError("--json needs a prompt: -p TEXT or piped input")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not end the answer
+    chat = _load(cfg)
+    color = cfg.color and "NO_COLOR" not in os.environ
+    if question:
+        screen = Screen(sys.stdout, sys.stderr, color and sys.stderr.isatty())
+        sys.exit(answer_once(chat, question, screen, cfg.json, cfg.stats))
+    print("nanochat: /help lists the commands, /quit leaves, Ctrl-C stops an answer", file=sys.stderr)
+    Terminal(chat, _reader(), Screen(sys.stdout, sys.stdout, color and sys.stdout.isatty()), cfg.stats).loop()
+
+
+if __name__ == "__main__":
+    run(Config, main)

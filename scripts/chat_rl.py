@@ -1,0 +1,156 @@
+"""Reinforcement learning on word problems: sample answers, reward the right ones (a simplified GRPO).
+
+    python -m scripts.chat_rl
+    torchrun --standalone --nproc_per_node=8 -m scripts.chat_rl
+
+For each question the model writes several answers; an answer's advantage is its reward minus the mean of its
+group; the update is REINFORCE on the sampled tokens, normalised by their number over the whole step. It is
+on-policy, so there is no ratio and no clipping, and there is no reference model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nanochat.configurator import as_dict, option, run
+
+if TYPE_CHECKING:
+    from nanochat.common import World
+    from nanochat.engine import Engine
+    from nanochat.schedule import Schedule
+    from nanochat.tokenizer import RustBPETokenizer
+    from tasks.gsm8k import GSM8K
+
+
+@dataclass(frozen=True)
+class Config:
+    run: str = option("dummy", "wandb run name; dummy: no wandb")
+    device_type: str = option("", "cuda, mps or cpu; empty: the best there is")
+    source: str = option("sft", "stage whose model to start from", choices=("mid", "sft"))
+    model_tag: str | None = option(None, "checkpoint folder to read and to write; default the largest")
+    model_step: int | None = option(None, "step of the source model; default the last")
+    num_epochs: int = option(1, "passes over the questions")
+    num_iterations: int = option(-1, "optimizer steps; -1: from --num-epochs")
+    device_batch_size: int = option(8, "sequences per forward and backward pass")
+    examples_per_step: int = option(16, "questions per step over all ranks")
+    num_samples: int = option(16, "answers per question")
+    max_new_tokens: int = option(256, "tokens per answer")
+    temperature: float = option(1.0, "of the sampled answers")
+    top_k: int = option(50, "of the sampled answers; 0: off")
+    embedding_lr: float = option(0.2, "learning rate of the embedding tables (AdamW)")
+    unembedding_lr: float = option(0.004, "learning rate of the head (AdamW)")
+    matrix_lr: float = option(0.02, "learning rate of the matrices (Muon)")
+    weight_decay: float = option(0.0, "weight decay of the matrices")
+    init_lr_frac: float = option(0.05, "all learning rates are multiplied by this")
+    eval_every: int = option(60, "steps between evaluations; -1: off")
+    eval_examples: int = option(400, "test questions per evaluation")
+    eval_samples: int = option(8, "answers per test question, for pass@1 to pass@8")
+    save_every: int = option(60, "steps between checkpoints; -1: only at the end and when interrupted")
+    keep_last: int = option(1, "checkpoints to keep; 0: all")
+    resume: str = option("auto", "auto: continue the run in the folder; never: start over; or a step")
+
+
+def main(cfg: Config) -> None:
+    """Reinforcement learning on word problems: sample answers, reward the right ones."""
+    from nanochat.checkpoint_manager import Checkpoint, locate
+    from nanochat.common import UserError, distributed, print0
+    from nanochat.engine import Engine
+    from nanochat.rl import GroupSampler, RLPlan, train_rl
+    from nanochat.stage import announce, announce_model, checkpoint_folder
+    from nanochat.trainer import find_resume_point
+    from tasks.gsm8k import GSM8K
+
+    with distributed(cfg.device_type) as world:
+        dtype, _ = announce(world, "off")  # the shapes change with every batch of answers
+        if cfg.examples_per_step % world.size:
+            raise UserError(
+                f"--examples-per-step={cfg.examples_per_step} is not a multiple of {world.size} ranks"
+            )
+        source = Checkpoint.open(*locate(cfg.source, cfg.model_tag, cfg.model_step))
+        print0(f"source model: {source.directory} step {source.step}")
+        directory = checkpoint_folder("rl", source.directory.name)
+        resume_from = find_resume_point(directory, world, cfg.resume)
+        model, tokenizer = (resume_from or source).model(world.device, dtype), source.tokenizer()
+        announce_model(model)
+
+        train_task, test_task = GSM8K("main", "train"), GSM8K("main", "test")
+        num_steps = cfg.num_iterations
+        if num_steps < 1:
+            num_steps = max(len(train_task) // cfg.examples_per_step * cfg.num_epochs, 1)
+        schedule = make_schedule(num_steps)
+        scale = cfg.init_lr_frac
+        optimizer = model.setup_optimizer(
+            world,
+            unembedding_lr=cfg.unembedding_lr * scale,
+            embedding_lr=cfg.embedding_lr * scale,
+            matrix_lr=cfg.matrix_lr * scale,
+            scalar_lr=0.5 * scale,
+            weight_decay=cfg.weight_decay,
+        )
+        print0(f"{num_steps} steps of {cfg.examples_per_step} questions x {cfg.num_samples} answers")
+        engine = Engine(model, tokenizer, max_batch=max(cfg.num_samples, 64))
+        plan = RLPlan(
+            directory=directory,
+            schedule=schedule,
+            settings=as_dict(cfg),
+            run=cfg.run,
+            examples_per_step=cfg.examples_per_step,
+            device_batch_size=cfg.device_batch_size,
+            eval_every=cfg.eval_every,
+            save_every=cfg.save_every,
+            keep_last=cfg.keep_last,
+        )
+        sampler = GroupSampler(
+            engine, tokenizer, cfg.num_samples, cfg.max_new_tokens, cfg.temperature, cfg.top_k
+        )
+
+        def evaluate() -> dict[str, float]:
+            return pass_at_k(cfg, engine, tokenizer, test_task, world)
+
+        train_rl(plan, world, model, tokenizer, optimizer, train_task, sampler, evaluate, resume_from)
+
+
+def make_schedule(num_steps: int) -> Schedule:
+    """Learning rate linearly to zero, momentum constant."""
+    from nanochat.schedule import Schedule
+
+    return Schedule(
+        num_steps, warmdown_steps=num_steps, momentum_warmup_steps=0, momentum_peak=0.95, momentum_end=0.95
+    )
+
+
+def pass_at_k(
+    cfg: Config, engine: Engine, tokenizer: RustBPETokenizer, task: GSM8K, world: World
+) -> dict[str, float]:
+    """Unbiased pass@k (Chen et al. 2021, arXiv 2107.03374) on the first test questions, k = 1..eval_samples."""
+    from math import comb
+
+    import torch
+
+    from nanochat.engine import SamplingParams
+
+    questions = range(world.rank, min(cfg.eval_examples, len(task)), world.size)
+    conversations = [task[i] for i in questions]
+    prompts = [tokenizer.render_for_completion(c) for c in conversations for _ in range(cfg.eval_samples)]
+    # a question's seed does not depend on the number of ranks
+    params = [
+        SamplingParams(cfg.temperature, cfg.top_k, cfg.max_new_tokens, seed=1_000_003 * i + sample)
+        for i in questions
+        for sample in range(cfg.eval_samples)
+    ]
+    answers = engine.complete_many(prompts, params)
+    n = cfg.eval_samples
+    totals = torch.zeros(n + 1, device=world.device)
+    for i, conversation in enumerate(conversations):
+        right = sum(
+            task.evaluate(conversation, tokenizer.decode(answer.content))
+            for answer in answers[i * n : (i + 1) * n]
+        )
+        totals += torch.tensor([1.0, *(1 - comb(n - right, k) / comb(n, k) for k in range(1, n + 1))])
+    world.sum(totals)
+    return {f"pass@{k}": float(totals[k] / totals[0].clamp(min=1)) for k in range(1, n + 1)}
+
+
+if __name__ == "__main__":
+    run(Config, main)

@@ -1,0 +1,210 @@
+"""Chat with a model in the browser, and serve it to programs through an OpenAI-compatible API."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nanochat.common import UserError
+from nanochat.configurator import option, run
+
+if TYPE_CHECKING:
+    from nanochat.serve.pool import WorkerPool
+    from nanochat.serve.settings import Replica, Settings
+
+
+@dataclass(frozen=True)
+class Config:
+    num_gpus: int = option(1, "model replicas, one per GPU; 0 uses all", short="n")
+    source: str = option("sft", "checkpoint family", short="i", choices=("base", "mid", "sft", "rl"))
+    model_tag: str | None = option(None, "model tag; None takes the newest", short="g")
+    step: int | None = option(None, "checkpoint step; None takes the last", short="s")
+    temperature: float = option(0.8, "default temperature", short="t")
+    top_k: int = option(50, "default top-k; 0 switches it off", short="k")
+    top_p: float = option(1.0, "default top-p")
+    max_tokens: int = option(512, "default number of new tokens", short="m")
+    system_prompt: str = option("", "system text of conversations that bring none")
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8000, "TCP port", short="p")
+    device_type: str = option("", "cuda, cpu or mps; empty detects")
+    dtype: str | None = option(
+        None, "compute dtype; None chooses", short="d", choices=("bfloat16", "float16", "float32")
+    )
+    served_model_name: str = option("", "names in /v1/models, separated by commas")
+    api_key: str = option("", "keys that clients must send, separated by commas (or NANOCHAT_API_KEYS)")
+    cors_origin: str = option("", "origins whose pages may call the API, separated by commas")
+    max_batch: int = option(32, "answers that one replica generates at the same time")
+    max_queue: int = option(64, "requests that may wait; more are refused with 429")
+    queue_timeout: float = option(60.0, "seconds a request may wait")
+    request_timeout: float = option(300.0, "seconds an answer may take")
+    context_policy: str = option(
+        "truncate", "when a conversation is too long: drop its oldest messages, or refuse",
+        choices=("truncate", "error"),
+    )  # fmt: skip
+    session_db: str = option(
+        "", "SQLite file for conversations kept on the server; empty keeps them in memory"
+    )
+    session_ttl: float = option(3600.0, "seconds after which an idle session is forgotten")
+    max_sessions: int = option(1000, "sessions kept at most")
+    python_tool: str = option("calculator", "what <|python_start|> calls", choices=("calculator", "off"))
+    root_path: str = option("", "path prefix behind a reverse proxy")
+    ssl_certfile: str | None = option(None, "TLS certificate")
+    ssl_keyfile: str | None = option(None, "TLS key")
+    log_conversations: bool = option(False, "log what people and the model say")
+    ui: bool = option(True, "serve the page; --no-ui leaves only the API")
+    metrics: bool = option(True, "serve /metrics")
+
+
+def main(cfg: Config) -> None:
+    """Serve a chat model: a page for people, /chat for scripts, /v1 for OpenAI clients."""
+    # before the slow imports, so that a wrong flag or a taken port is known at once
+    settings = settings_of(cfg)
+    listener = listen(cfg.host, cfg.port)
+    if cfg.dtype:
+        os.environ["NANOCHAT_DTYPE"] = cfg.dtype
+    import uvicorn
+
+    from nanochat.serve.app import create_app
+    from nanochat.serve.pool import WorkerPool
+
+    warn_if_exposed(cfg, settings)
+    load, num_workers = loader_of(cfg)
+    announced: list[bool] = []
+
+    def on_change(pool: WorkerPool) -> None:
+        server.should_exit = server.should_exit or pool.failed
+        if pool.ready and not announced:
+            announced.append(True)
+            announce(cfg, pool)
+
+    pool = WorkerPool(load, num_workers, settings, on_change)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(settings, pool), log_level="warning", root_path=cfg.root_path, ws_max_size=1 << 16,
+            ws_ping_interval=20, ws_ping_timeout=60, timeout_graceful_shutdown=3,
+            ssl_certfile=cfg.ssl_certfile, ssl_keyfile=cfg.ssl_keyfile,
+        )
+    )  # fmt: skip
+    start_logging()
+    server.run(sockets=[listener])
+    if pool.failed:
+        error = pool.workers[0].error
+        raise error if isinstance(error, UserError) else UserError(f"the model could not be served: {error}")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; UserError if the address is taken or not ours."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(128)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"cannot listen on {host}:{port}: {reason}; choose another --port or --host"
+        ) from None
+    return listener
+
+
+def settings_of(cfg: Config) -> Settings:
+    """The server's settings; UserError for defaults that its own limits would refuse."""
+    from nanochat.serve.settings import Defaults, Limits, Settings
+
+    limits = Limits()
+    check("--temperature", cfg.temperature, 0, limits.max_temperature)
+    check("--top-k", cfg.top_k, 0, limits.max_top_k)
+    check("--top-p", cfg.top_p, 0, 1)
+    check("--max-tokens", cfg.max_tokens, 1, limits.max_tokens)
+    check("--max-batch", cfg.max_batch, limits.max_choices, 4096)
+    return Settings(
+        defaults=Defaults(cfg.temperature, cfg.top_k, cfg.top_p, cfg.max_tokens),
+        limits=limits,
+        served_model_names=names(cfg.served_model_name),
+        api_keys=names(cfg.api_key or os.environ.get("NANOCHAT_API_KEYS", "")),
+        cors_origins=names(cfg.cors_origin),
+        system_prompt=cfg.system_prompt,
+        context_policy=cfg.context_policy,
+        max_queue=cfg.max_queue,
+        queue_timeout=cfg.queue_timeout,
+        request_timeout=cfg.request_timeout,
+        session_ttl=cfg.session_ttl,
+        max_sessions=cfg.max_sessions,
+        session_db=cfg.session_db,
+        log_conversations=cfg.log_conversations,
+        ui=cfg.ui,
+        metrics=cfg.metrics,
+    )
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The entries of a comma-separated list."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def check(flag: str, value: float, low: float, high: float) -> None:
+    """UserError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise UserError(f"{flag}={value} is out of range; use {low} to {high}")
+
+
+def loader_of(cfg: Config) -> tuple[Callable[[int], Replica], int]:
+    """What loads the replica of a worker, and how many workers there are."""
+    import torch
+
+    from nanochat.common import autodetect_device_type, check_device
+
+    device_type = cfg.device_type or autodetect_device_type()
+    check_device(device_type)
+    num_workers = cfg.num_gpus or (torch.cuda.device_count() if device_type == "cuda" else 1)
+    check("--num-gpus", num_workers, 1, max(torch.cuda.device_count(), 1) if device_type == "cuda" else 1)
+
+    def load(index: int) -> Replica:
+        from nanochat.calculator import use_calculator
+        from nanochat.serve.loading import load_replica
+
+        tools = {"python": use_calculator} if cfg.python_tool == "calculator" else {}
+        device = check_device(device_type, index)
+        return load_replica(cfg.source, device, cfg.model_tag, cfg.step, tools, cfg.max_batch)
+
+    return load, num_workers
+
+
+def announce(cfg: Config, pool: WorkerPool) -> None:
+    """Say what is served and where."""
+    info, scheme = pool.replica.info, "https" if cfg.ssl_certfile else "http"
+    host = "localhost" if cfg.host in ("127.0.0.1", "0.0.0.0", "::", "::1") else cfg.host
+    print(
+        f"{info.name}, step {info.step}, on {info.device} ({info.dtype}), context {info.context_length} tokens"
+    )
+    print(f"open {scheme}://{host}:{cfg.port}{cfg.root_path}  (Ctrl-C stops)", flush=True)
+
+
+def warn_if_exposed(cfg: Config, settings: Settings) -> None:
+    """Say loudly that a server which others can reach is open to them."""
+    if cfg.host not in ("127.0.0.1", "::1", "localhost") and not settings.api_keys:
+        print(
+            f"warning: {cfg.host} can be reached from other machines and there is no --api-key",
+            file=sys.stderr,
+        )
+
+
+def start_logging() -> None:
+    """One handler on the server's own logger."""
+    import logging
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("nanochat.serve")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    run(Config, main)

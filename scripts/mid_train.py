@@ -1,0 +1,65 @@
+"""Mid-training: teach a base model conversations, multiple choice and tool use.
+
+python -m scripts.mid_train
+torchrun --standalone --nproc_per_node=8 -m scripts.mid_train
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nanochat.configurator import option, run
+from nanochat.finetune import FinetuneConfig, finetune
+
+if TYPE_CHECKING:
+    from tasks.common import TaskMixture
+
+
+@dataclass(frozen=True)
+class Config(FinetuneConfig):
+    simple_spelling_size: int = option(200_000, "conversations that spell a word")
+    spelling_bee_size: int = option(80_000, "conversations that count letters")
+
+
+def main(cfg: Config) -> None:
+    """Mid-training: teach a base model conversations, multiple choice and tool use."""
+    finetune(cfg, "mid", "Midtraining", lambda: mixture(cfg), mask=False)
+
+
+def mixture(cfg: Config) -> tuple[TaskMixture, TaskMixture]:
+    """Training and validation conversations."""
+    from tasks.common import TaskMixture
+    from tasks.customjson import CustomJSON, identity_file
+    from tasks.gsm8k import GSM8K
+    from tasks.mmlu import MMLU
+    from tasks.smoltalk import SmolTalk
+    from tasks.spellingbee import SimpleSpelling, SpellingBee
+
+    identity = CustomJSON(identity_file())
+    train = TaskMixture(
+        [
+            SmolTalk("train"),
+            MMLU("all", "auxiliary_train"),
+            GSM8K("main", "train"),
+            identity,
+            identity,
+            SimpleSpelling(cfg.simple_spelling_size, "train"),
+            SpellingBee(cfg.spelling_bee_size, "train"),
+        ]
+    )
+    return train, validation_mixture()
+
+
+def validation_mixture() -> TaskMixture:
+    """Held-out conversations of mid-training and SFT."""
+    from tasks.common import TaskMixture
+    from tasks.gsm8k import GSM8K
+    from tasks.mmlu import MMLU
+    from tasks.smoltalk import SmolTalk
+
+    return TaskMixture([SmolTalk("test"), MMLU("all", "test", stop=5200), GSM8K("main", "test", stop=420)])
+
+
+if __name__ == "__main__":
+    run(Config, main)

@@ -1,0 +1,183 @@
+"""Train a family of models and collect one CSV row per run: the miniseries, and the scaling laws.
+
+    bash runs/miniseries.sh                 one compute-optimal model per depth
+    bash runs/scaling_laws.sh               every depth at every FLOPs budget
+
+Each run is a stage with its own log and marker, so a sweep that was stopped goes on where it was. Rows come
+from the run_summary.json that base_train writes beside its checkpoint, never from logs.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat.common import UserError, data_source, get_base_dir, read_json, whole_file
+from nanochat.configurator import option, run
+
+MINISERIES_COLUMNS = (
+    "depth", "model_dim", "num_params", "num_scaling_params", "num_iterations", "tokens_trained",
+    "param_data_ratio", "val_bpb", "core_score", "train_time_sec",
+)  # fmt: skip
+_GROUPS = ("wte", "value_embeds", "lm_head", "transformer", "scalars", "total")
+SCALING_COLUMNS = (
+    "flops_budget", "depth", "model_dim", *(f"params_{group}" for group in _GROUPS), "num_iterations",
+    "tokens_trained", "val_bpb", "core_score", "train_time_sec",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    kind: str = option("miniseries", "which sweep", choices=("miniseries", "scaling"))
+    series: str = option("", "name of the sweep; default: SERIES_NAME, else today's date like jan11")
+    depths: str = option("", "depths, separated by commas (default: 12,14,...,26; scaling: 10,12,...,20)")
+    flops: str = option("1e18,2.15e18,4.64e18,1e19", "FLOPs budgets of the scaling laws")
+    train_args: str = option("", "more flags for every base_train, in quotes")
+    num_shards: int = option(1000, "pretraining shards to download first")
+    skip_setup: bool = option(False, "data and tokenizer are there already (also SKIP_SETUP=1)")
+    dry_run: bool = option(False, "print the runs and stop")
+    force: bool = option(False, "repeat finished runs")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One training run of a sweep."""
+
+    tag: str  # model tag, the name of its checkpoint folder
+    depth: int
+    flops_budget: str = ""  # as it was written; empty for the miniseries
+
+
+def main(cfg: Config) -> None:
+    """Train every model of a sweep and write results.csv."""
+    import shutil
+
+    from nanochat.environment import gpus
+    from nanochat.pipeline import Markers, describe, run_plan
+
+    base = get_base_dir()
+    series = cfg.series or os.environ.get("SERIES_NAME") or time.strftime("%b%d").lower()
+    runs = sweep_runs(cfg.kind, series, cfg.depths, cfg.flops)
+    plan = sweep_plan(cfg, series, runs, num_processes(len(gpus())), (base / "tokenizer").exists())
+    folder = base / f"{series}_{cfg.kind}_results"
+    if cfg.dry_run:
+        free = shutil.disk_usage(base).free
+        print(describe(plan, Markers(folder / "run"), plan.stages, folder=folder, free_bytes=free))
+        return
+    run_plan(
+        plan, folder / "run", folder, force=cfg.force,
+        after_stage=lambda stage: write_rows(folder / "results.csv", cfg.kind, runs, base),
+    )  # fmt: skip
+    print(f"\n{len(runs)} runs: {folder / 'results.csv'}")
+
+
+def num_processes(num_gpus: int) -> int:
+    """Ranks per run: NPROC_PER_NODE, else one per GPU, else one."""
+    wanted = os.environ.get("NPROC_PER_NODE") or str(max(1, num_gpus))
+    if not wanted.isdigit() or int(wanted) < 1:
+        raise UserError(f"NPROC_PER_NODE={wanted} is not a number of processes")
+    return int(wanted)
+
+
+# --- the runs ----------------------------------------------------------------------------------------
+
+
+def sweep_runs(kind: str, series: str, depths: str, flops: str) -> list[Run]:
+    """The runs of a sweep in the order in which they are trained."""
+    default = range(12, 27, 2) if kind == "miniseries" else range(10, 21, 2)
+    chosen = _numbers(depths, int, "--depths") if depths else list(default)
+    if kind == "miniseries":
+        return [Run(f"{series}_miniseries_d{depth}", depth) for depth in chosen]
+    _numbers(flops, float, "--flops")
+    budgets = [budget.strip() for budget in flops.split(",")]
+    return [
+        Run(f"{series}_scaling_{budget}_d{depth}", depth, budget) for budget in budgets for depth in chosen
+    ]
+
+
+def _numbers(text: str, kind: type, flag: str) -> list:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{flag}={text} must be numbers separated by commas") from None
+
+
+def sweep_plan(cfg: Config, series: str, runs: Sequence[Run], ranks: int, has_tokenizer: bool):
+    """Data and tokenizer unless they exist, then one stage per run."""
+    from nanochat.pipeline import Plan, Stage
+    from nanochat.plans import Launcher
+
+    stages = []
+    if not cfg.skip_setup and os.environ.get("SKIP_SETUP") != "1":
+        shards = ("python", "-m", "nanochat.dataset", "-n", str(cfg.num_shards))
+        stages.append(Stage("data", f"{cfg.num_shards} shards of pretraining text", shards, 3600))
+        if not has_tokenizer:  # an existing one belongs to models in this folder
+            train = ("python", "-m", "scripts.tok_train")
+            stages.append(Stage("tok_train", "learn the vocabulary", train, 120))
+    for one in runs:
+        command = Launcher(ranks, one.tag).command("scripts.base_train", shlex.split(train_flags(cfg, one)))
+        about = f"depth {one.depth}" + (f" at {one.flops_budget} FLOPs" if one.flops_budget else "")
+        stages.append(Stage(one.tag, about, command, 3600, resumable=True))
+    return Plan(
+        f"{series}_{cfg.kind}", f"{len(runs)} runs on {ranks} ranks", tuple(stages),
+        {"NANOCHAT_DATA": data_source()}, disk_bytes=cfg.num_shards * 100_000_000 if stages else 0,
+    )  # fmt: skip
+
+
+def train_flags(cfg: Config, one: Run) -> str:
+    """Flags of one run: no intermediate evaluation, CORE in full at the end."""
+    rows = 8 if one.depth >= 28 else 16 if one.depth >= 20 else 32
+    flags = f"--depth={one.depth} --model-tag={one.tag} --device-batch-size={rows} --core-metric-every=999999"
+    flags += " --core-metric-max-per-task=-1 --sample-every=-1 --save-every=-1"
+    if one.flops_budget:
+        flags += (
+            f" --target-flops={one.flops_budget} --target-param-data-ratio=-1 --eval-tokens={100 * 524288}"
+        )
+    wandb_run = os.environ.get("WANDB_RUN") or "dummy"
+    if wandb_run != "dummy":
+        flags += f" --run={wandb_run}_d{one.depth}"
+    return f"{flags} {cfg.train_args}".rstrip()  # of a repeated flag the last one counts
+
+
+# --- results -----------------------------------------------------------------------------------------
+
+
+def write_rows(path: Path, kind: str, runs: Sequence[Run], base: Path) -> None:
+    """Write the CSV anew from the summaries of the runs that are finished."""
+    columns = MINISERIES_COLUMNS if kind == "miniseries" else SCALING_COLUMNS
+    rows = []
+    for one in runs:
+        summary = base / "base_checkpoints" / one.tag / "run_summary.json"
+        if summary.exists():
+            rows.append(row(kind, one, read_json(summary)))
+    with whole_file(path, "w") as file:
+        file.write(",".join(columns) + "\n")
+        file.writelines(",".join(_cell(values[column]) for column in columns) + "\n" for values in rows)
+
+
+def row(kind: str, one: Run, summary: dict) -> dict[str, object]:
+    """CSV values of one run, by column."""
+    groups = summary["num_params"]
+    values: dict[str, object] = {
+        "flops_budget": one.flops_budget, "num_params": groups["total"], "params_total": groups["total"],
+        "params_transformer": groups["transformer_matrices"],
+        "param_data_ratio": summary["tokens_trained"] / summary["num_scaling_params"],
+        "core_score": summary.get("core_score"),
+    }  # fmt: skip
+    values |= {
+        f"params_{group}": groups.get(group, 0) for group in _GROUPS if f"params_{group}" not in values
+    }
+    copied = ("depth", "model_dim", "num_scaling_params", "num_iterations", "tokens_trained", "val_bpb")
+    return values | {name: summary[name] for name in (*copied, "train_time_sec")}
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    run(Config, main)

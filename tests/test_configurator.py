@@ -1,0 +1,114 @@
+"""Command lines and presets become typed configs, and every mistake is one clear line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from nanochat.common import UserError
+from nanochat.configurator import as_dict, option, parse, run
+
+
+@dataclass(frozen=True)
+class Config:
+    depth: int = option(20, "layers")
+    lr: float = option(0.5, "learning rate")
+    fp8: bool = option(False, "low precision")
+    run: str = option("dummy", "name")
+    model_tag: str | None = option(None, "tag", short="g")
+    arch: str = option("modern", "which", choices=("modern", "classic"))
+
+
+@dataclass(frozen=True)
+class Needy:
+    source: str = option(..., "where from", short="i")
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--depth=4"], {"depth": 4}),
+        (["--depth", "4"], {"depth": 4}),
+        (["--model_tag=a=b"], {"model_tag": "a=b"}),
+        (["--model-tag", "x"], {"model_tag": "x"}),
+        (["-g", "x"], {"model_tag": "x"}),
+        (["--lr=1"], {"lr": 1.0}),
+        (["--run=123"], {"run": "123"}),
+        (["--fp8"], {"fp8": True}),
+        (["--fp8=True"], {"fp8": True}),
+        (["--fp8", "--depth=3"], {"fp8": True, "depth": 3}),
+        (["--no-fp8"], {"fp8": False}),
+        (["--depth=5e3"], {"depth": 5000}),
+        (["--depth=524_288"], {"depth": 524288}),
+        (["--depth=-1"], {"depth": -1}),
+        (["--", "--depth=4"], {"depth": 4}),
+        (["--model-tag=None"], {"model_tag": None}),
+    ],
+)
+def test_flags(argv, expected):
+    assert as_dict(parse(Config, argv)) == as_dict(Config()) | expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--dept=3"], "--dept is not an option; did you mean --depth"),
+        (["--depth=x"], "depth must be int, not 'x'"),
+        (["--depth=1.5"], "depth must be int"),
+        (["--lr"], "expected one argument"),
+        (["--arch=gothic"], "must be one of modern, classic"),
+        (["depth=3"], "flags start with --"),
+        (["missing.py"], "cannot read preset missing.py"),
+        (["--depth=None"], "not None"),
+    ],
+)
+def test_mistakes_are_one_line(argv, message):
+    with pytest.raises(UserError, match=message) as caught:
+        parse(Config, argv)
+    assert "\n" not in str(caught.value)
+
+
+def test_required_options():
+    assert parse(Needy, ["-i", "sft"]).source == "sft"
+    with pytest.raises(UserError, match="--source must be given"):
+        parse(Needy, [])
+
+
+def test_precedence_is_defaults_presets_in_order_flags(tmp_path):
+    first, second = tmp_path / "a.py", tmp_path / "b.py"
+    first.write_text('"""A preset."""\ndepth = 1\nlr = 2\nrun = "one"\n')
+    second.write_text("depth = 2\n")
+    config = parse(Config, [str(first), f"--config={second}", "--run=flag"])
+    assert (config.depth, config.lr, config.run) == (2, 2.0, "flag")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("depth = 1\nwidth = 2\n", "preset.py:2: width is not an option"),
+        ("import os\n", "preset.py:1: only"),
+        ("depth = open('x')\n", "plain number"),
+        ("depth = 1.5\n", "depth must be int"),
+        ("depth = \n", "preset.py:1: not a"),
+    ],
+)
+def test_presets_are_parsed_not_executed(tmp_path, text, message):
+    path = tmp_path / "preset.py"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        parse(Config, [str(path)])
+
+
+def test_run_prints_one_line_and_exits_2(capsys):
+    with pytest.raises(SystemExit) as exit:
+        run(Config, lambda config: None, ["--dept=3"])
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == "error: --dept is not an option; did you mean --depth?\n"
+
+
+def test_help_shows_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        parse(Config, ["--help"])
+    shown = capsys.readouterr().out
+    assert "--depth" in shown and "layers (default: 20)" in shown and "-g" in shown

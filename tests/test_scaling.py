@@ -1,0 +1,68 @@
+"""The rules from depth to everything else, against the specification's tables."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nanochat.common import UserError
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.scaling import accumulation_steps, model_dimensions, plan_horizon
+
+
+def modern(depth: int) -> tuple[int, int]:
+    size = model_dimensions(depth)
+    config = GPTConfig.modern(n_layer=depth, n_embd=size.n_embd, n_head=size.n_head, n_kv_head=size.n_head)
+    with torch.device("meta"):
+        model = GPT(config)
+    counts = model.num_scaling_params()
+    return counts["transformer_matrices"] + counts["lm_head"], model.estimate_flops()
+
+
+REFERENCE, _ = modern(12)
+
+
+@pytest.mark.parametrize(
+    ("depth", "batch", "steps", "decay", "lr_scale"),
+    [
+        (4, 2**18, 528, 1.889903, 0.7071),
+        (10, 2**19, 1605, 0.439626, 1.0),
+        (12, 2**19, 2520, 0.280000, 1.0),
+        (20, 2**20, 4980, 0.100188, 1.4142),
+        (32, 2**21, 9600, 0.036750, 2.0),
+    ],
+)
+def test_depth_table(depth, batch, steps, decay, lr_scale):
+    params, flops = modern(depth)
+    horizon = plan_horizon(params, REFERENCE, flops)
+    assert (horizon.total_batch_size, horizon.num_steps) == (batch, steps)
+    assert 0.28 * horizon.weight_decay_scale == pytest.approx(decay, abs=1e-6)
+    assert horizon.lr_scale == pytest.approx(lr_scale, abs=5e-5)
+
+
+def test_speedrun_and_other_horizons():
+    params, flops = modern(24)
+    assert plan_horizon(params, REFERENCE, flops, param_data_ratio=8).num_steps == 5568
+    by_flops = plan_horizon(params, REFERENCE, flops, target_flops=1e19, param_data_ratio=-1)
+    assert by_flops.num_steps == round(1e19 / (flops * by_flops.total_batch_size))
+    assert plan_horizon(params, REFERENCE, flops, num_iterations=7, target_flops=1e19).num_steps == 7
+    with pytest.raises(UserError, match="no horizon"):
+        plan_horizon(params, REFERENCE, flops, param_data_ratio=0)
+    with pytest.raises(UserError, match="less than one step"):
+        plan_horizon(100, 100, 1, total_batch_size=1_000_000)
+
+
+def test_dimensions():
+    assert model_dimensions(20).n_embd == 1280
+    assert model_dimensions(11).n_embd == 768  # rounded up to whole heads
+    assert (model_dimensions(4, 64, 64).n_embd, model_dimensions(4, 64, 64).n_head) == (256, 4)
+    with pytest.raises(UserError, match="--depth=0"):
+        model_dimensions(0)
+
+
+def test_batch_that_does_not_divide_names_one_that_does():
+    assert accumulation_steps(524288, 16, 2048, 8) == 2
+    with pytest.raises(UserError, match="try --device-batch-size=16"):
+        accumulation_steps(524288, 24, 2048, 1)
+    with pytest.raises(UserError, match="--total-batch-size"):
+        accumulation_steps(1000, 4, 512, 1)
