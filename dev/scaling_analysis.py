@@ -134,9 +134,28 @@ def report(budgets: Sequence[Budget]) -> str:
 
 def draw(budgets: Sequence[Budget], path: Path) -> None:
     """Bits per byte against size, one parabola per budget with its lowest point."""
-    from nanochat.plots import budget_figure, save
+    from matplotlib import colormaps
+    from matplotlib.ticker import EngFormatter
 
-    save(budget_figure([(b.flops, b.params, b.bpb, b.parabola) for b in budgets]), path)
+    from nanochat.plots import INK, new_figure, save, style
+
+    with style():
+        figure, (axis,) = new_figure(
+            "Best size for a budget", "validation bits per byte; each parabola is one FLOPs budget", 1, 4.6
+        )
+        for place, budget in enumerate(budgets):
+            color = colormaps["viridis"](0.1 + 0.75 * place / max(1, len(budgets) - 1))
+            grid = np.geomspace(budget.params.min(), budget.params.max(), 100)
+            curve = np.polyval(budget.parabola, np.log10(grid))
+            axis.plot(grid, curve, color=color, label=f"{budget.flops:.3g} FLOPs")
+            axis.plot(budget.params, budget.bpb, "o", color=color, markersize=5)
+            if budget.is_bracketed:
+                axis.plot([budget.best_params], [budget.best_bpb], "*", color=INK, markersize=11, zorder=5)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.set_xlabel("scaling parameters; star: lowest point", fontsize=9)
+        axis.legend(frameon=False, fontsize=9)
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The two update rules as pure functions on tensors: AdamW, and Muon on stacks of equally shaped matrices.
+"""The two update rules as functions on tensors: AdamW, and Muon on stacks of equally shaped matrices.
 
 Nothing here knows of ranks or parameter groups; that is optim.py. In shapes: K matrices, R rows, C columns.
 """
@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from nanochat.common import print0
 
 Polynomial = tuple[float, float, float]  # x <- a x + b (x xT) x + c (x xT)^2 x
 
@@ -43,6 +46,15 @@ MUON_VARIANTS: dict[str, MuonVariant] = {
     "r2": MuonVariant(norm_margin=1.02, equalise_rows=False, unit_norm=False),
     "r3": MuonVariant(),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """Facts about the whole gradient, as 0-dim fp32 tensors on the device."""
+
+    norm: Tensor
+    scale: Tensor  # what gradients are multiplied by
+    skip: Tensor  # 1 where the step must change nothing, else 0
 
 
 def adamw_update(
@@ -153,3 +165,48 @@ def _rescaling(x_KRC: Tensor, second_moment: Tensor, beta2: float | Tensor, vari
     scale = second_moment.clamp_min(1e-10).rsqrt()
     scaled_norm = (length * (mean_square * scale.square()).sum(dim=(-2, -1), keepdim=True)).sqrt()
     return factor * scale * (norm / scaled_norm.clamp_min(1e-10))
+
+
+class MatrixUpdate:
+    """muon_update with the hyper-parameters of a group, compiled if asked for and possible."""
+
+    def __init__(self, compute_dtype: torch.dtype, compile: bool) -> None:
+        # fp16 has too little range for the iteration, so it runs in fp32 there.
+        self._dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32
+        self._compiled = torch.compile(muon_update, dynamic=False, fullgraph=True) if compile else None
+
+    def __call__(
+        self,
+        group: dict[str, Any],
+        stack: Tensor,
+        gradients: Tensor,
+        buffers: list[Tensor],
+        guard: Guard | None,
+    ) -> None:
+        lr, momentum, beta2, decay = (group[key] for key in ("lr", "momentum", "beta2", "weight_decay"))
+        if guard:
+            gradients = torch.where(guard.skip > 0, 0.0, gradients * guard.scale)
+            # Momentum and beta2 of 1 keep the buffers as they are.
+            momentum, beta2 = (value + (1 - value) * guard.skip for value in (momentum, beta2))
+            lr = lr * (1 - guard.skip)
+        momentum_buffer, second_moment = buffers
+        constants = (group["ns_steps"], MUON_VARIANTS[group["variant"]], self._dtype)
+        if self._compiled:
+            # As tensors, because another Python number would be another compilation.
+            scalars = (torch.as_tensor(value, dtype=torch.float32) for value in (lr, momentum, beta2, decay))
+            lr, momentum, beta2, decay = scalars
+            try:
+                self._compiled(
+                    stack, gradients, momentum_buffer, second_moment, lr, momentum, beta2, decay, *constants
+                )
+                return
+            except _compiler_errors() as error:
+                self._compiled = None
+                print0(f"optimizer: not compiled ({str(error).strip().splitlines()[0]})")
+        muon_update(stack, gradients, momentum_buffer, second_moment, lr, momentum, beta2, decay, *constants)
+
+
+def _compiler_errors() -> type[Exception]:
+    from torch._dynamo.exc import TorchDynamoException  # takes seconds, so only once it is needed
+
+    return TorchDynamoException

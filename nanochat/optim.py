@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.common import UserError, World, print0
-from nanochat.muon import MUON_VARIANTS, adamw_update, muon_update
+from nanochat.common import UserError, World
+from nanochat.muon import MUON_VARIANTS, Guard, MatrixUpdate, adamw_update
 from nanochat.sharding import Flight, Share
 
 # Below this many elements a parameter is all-reduced and updated everywhere: latency outweighs the sharing.
@@ -48,7 +47,7 @@ class MuonAdamW:
     ) -> None:
         self._rank, self._size = (world.rank, world.size) if world else (0, 1)
         self.param_groups: list[dict[str, Any]] = [_checked(group) for group in param_groups]
-        matrix_update = _MatrixUpdate(compute_dtype, compile)
+        matrix_update = MatrixUpdate(compute_dtype, compile)
         self._units: list[tuple[dict[str, Any], _AdamWUnit | _MuonUnit]] = []
         for group, first in zip(self.param_groups, self._first_indices(), strict=True):
             if group["kind"] == "muon":
@@ -86,7 +85,7 @@ class MuonAdamW:
                 unit.finish(gather.wait())
         return guard.norm if guard else None
 
-    def _guard(self, reductions: Iterable[Flight | None], clip_norm: float, loss_scale: float) -> _Guard:
+    def _guard(self, reductions: Iterable[Flight | None], clip_norm: float, loss_scale: float) -> Guard:
         """Waits for all gradients, so it gives up the overlap. What all ranks hold is counted by rank 0 alone."""
         pairs = [
             (unit, flight.wait()) for (_, unit), flight in zip(self._units, reductions, strict=True) if flight
@@ -99,7 +98,7 @@ class MuonAdamW:
             dist.all_reduce(total)
         norm = total.sqrt() / loss_scale
         limit = (clip_norm / norm.clamp_min(1e-12)).clamp_max(1.0) if clip_norm > 0 else torch.ones_like(norm)
-        return _Guard(norm, limit / loss_scale, (~norm.isfinite()).float())
+        return Guard(norm, limit / loss_scale, (~norm.isfinite()).float())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, or fill them with zeros."""
@@ -174,15 +173,6 @@ def _checked(group: dict[str, Any]) -> dict[str, Any]:
 # --- units -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Guard:
-    """Facts about the whole gradient, as 0-dim fp32 tensors on the device."""
-
-    norm: Tensor
-    scale: Tensor  # what gradients are multiplied by
-    skip: Tensor  # 1 where the step must change nothing, else 0
-
-
 def _missing_gradient(index: int, param: Tensor) -> RuntimeError:
     return RuntimeError(
         f"parameter {index} of shape {tuple(param.shape)} has no gradient; with several ranks every one needs one"
@@ -211,7 +201,7 @@ class _AdamWUnit:
             return Flight(gradient, work=dist.all_reduce(gradient, async_op=True))
         return self._share.reduce(gradient)
 
-    def update(self, group: dict[str, Any], gradient: Tensor, guard: _Guard | None) -> Flight:
+    def update(self, group: dict[str, Any], gradient: Tensor, guard: Guard | None) -> Flight:
         table = self._param.detach()
         own = self._share.own(table)
         if own.numel():
@@ -246,7 +236,7 @@ class _MuonUnit:
     replicated = False
 
     def __init__(
-        self, params: Sequence[Tensor], index: int, rank: int, size: int, matrix_update: _MatrixUpdate
+        self, params: Sequence[Tensor], index: int, rank: int, size: int, matrix_update: MatrixUpdate
     ) -> None:
         self.index = index
         self._params, self._update = params, matrix_update
@@ -267,7 +257,7 @@ class _MuonUnit:
             raise _missing_gradient(self.index + i, self._params[i])
         return self._share.reduce(torch.stack(gradients).float()) if gradients else None
 
-    def update(self, group: dict[str, Any], gradients: Tensor, guard: _Guard | None) -> Flight:
+    def update(self, group: dict[str, Any], gradients: Tensor, guard: Guard | None) -> Flight:
         # Where all have a gradient, indexing would copy the state for nothing.
         present = [i for i, param in enumerate(self._own_params) if param.grad is not None]
         partial = len(present) < len(self._own_params)
@@ -295,51 +285,6 @@ class _MuonUnit:
     def load(self, entry: dict[str, Any]) -> None:
         for name, buffer in self._buffers.items():
             _load(buffer, self._share, entry.get(name))
-
-
-class _MatrixUpdate:
-    """muon_update with the hyper-parameters of a group, compiled if asked for and possible."""
-
-    def __init__(self, compute_dtype: torch.dtype, compile: bool) -> None:
-        # fp16 has too little range for the iteration, so it runs in fp32 there.
-        self._dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32
-        self._compiled = torch.compile(muon_update, dynamic=False, fullgraph=True) if compile else None
-
-    def __call__(
-        self,
-        group: dict[str, Any],
-        stack: Tensor,
-        gradients: Tensor,
-        buffers: list[Tensor],
-        guard: _Guard | None,
-    ) -> None:
-        lr, momentum, beta2, decay = (group[key] for key in ("lr", "momentum", "beta2", "weight_decay"))
-        if guard:
-            gradients = torch.where(guard.skip > 0, 0.0, gradients * guard.scale)
-            # Momentum and beta2 of 1 keep the buffers as they are.
-            momentum, beta2 = (value + (1 - value) * guard.skip for value in (momentum, beta2))
-            lr = lr * (1 - guard.skip)
-        momentum_buffer, second_moment = buffers
-        constants = (group["ns_steps"], MUON_VARIANTS[group["variant"]], self._dtype)
-        if self._compiled:
-            # As tensors, because another Python number would be another compilation.
-            scalars = (torch.as_tensor(value, dtype=torch.float32) for value in (lr, momentum, beta2, decay))
-            lr, momentum, beta2, decay = scalars
-            try:
-                self._compiled(
-                    stack, gradients, momentum_buffer, second_moment, lr, momentum, beta2, decay, *constants
-                )
-                return
-            except _compiler_errors() as error:
-                self._compiled = None
-                print0(f"optimizer: not compiled ({str(error).strip().splitlines()[0]})")
-        muon_update(stack, gradients, momentum_buffer, second_moment, lr, momentum, beta2, decay, *constants)
-
-
-def _compiler_errors() -> type[Exception]:
-    from torch._dynamo.exc import TorchDynamoException  # takes seconds, so only once it is needed
-
-    return TorchDynamoException
 
 
 def _check_shape(index: int, name: str, entry: dict[str, Any], expected: Sequence[int]) -> None:

@@ -6,7 +6,7 @@ shown, values written at the end of the lines.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,19 +108,20 @@ def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, whole or not at all."""
     from nanochat.common import whole_file
 
-    with whole_file(path) as file, _style():
+    with whole_file(path) as file, style():
         figure.savefig(file, format="png", bbox_inches="tight", pad_inches=0.2)
 
 
 @contextmanager
-def _style():
+def style() -> Iterator[None]:
+    """Everything drawn inside has the look of the report; matplotlib's own settings stay as they were."""
     from matplotlib import rc_context
 
     with rc_context(_STYLE):  # pyright: ignore[reportArgumentType]
         yield
 
 
-def _figure(title: str, subtitle: str, panels: int, height: float = 3.3) -> tuple[Figure, list[Axes]]:
+def new_figure(title: str, subtitle: str, panels: int, height: float = 3.3) -> tuple[Figure, list[Axes]]:
     """A figure without global state (no pyplot), its title at the top left, panels side by side."""
     from matplotlib.figure import Figure
 
@@ -141,7 +142,7 @@ def _panels(
     curves = {stage: c for stage, c in curves.items() if len(c.steps) > 1}
     if not curves:
         return None
-    _, axes = _figure(title, subtitle, len(curves))
+    _, axes = new_figure(title, subtitle, len(curves))
     for axis, stage in zip(axes, curves, strict=True):
         axis.set_title(STAGE_NAMES[stage], color=COLORS[stage], pad=8)
         _step_axis(axis, curves[stage].steps)
@@ -172,7 +173,7 @@ def _mark_end(axis: Axes, step: float, value: float, text: str, color: str) -> N
 
 def loss_figure(events: Mapping[str, list[dict]]) -> Figure | None:
     """Training loss per stage: every logged value faint, the running mean strong."""
-    with _style():
+    with style():
         panels = _panels(
             events,
             "train/loss",
@@ -191,7 +192,7 @@ def loss_figure(events: Mapping[str, list[dict]]) -> Figure | None:
 
 def bpb_figure(events: Mapping[str, list[dict]]) -> Figure | None:
     """Validation bits per byte per stage."""
-    with _style():
+    with style():
         panels = _panels(
             events, "val/bpb", "Validation bits per byte", "lower is better; independent of the tokenizer"
         )
@@ -208,7 +209,7 @@ def bpb_figure(events: Mapping[str, list[dict]]) -> Figure | None:
 
 def schedule_figure(events: Mapping[str, list[dict]]) -> Figure | None:
     """Learning rate multiplier per stage."""
-    with _style():
+    with style():
         panels = _panels(events, "train/lrm", "Learning rate", "multiplier of every group's initial rate")
         for stage, axis, points in panels or []:
             axis.plot(points.steps, points.values, color=COLORS[stage])
@@ -221,7 +222,7 @@ def throughput_figure(events: Mapping[str, list[dict]]) -> Figure | None:
     """Tokens per second per stage, with the median and, where it is known, the share of the peak FLOPs."""
     from matplotlib.ticker import EngFormatter
 
-    with _style():
+    with style():
         panels = _panels(events, "train/tok_per_sec", "Throughput", "tokens per second; dashed: median")
         for stage, axis, points in panels or []:
             middle = float(np.median(points.values))
@@ -241,8 +242,8 @@ def reward_figure(events: Sequence[Mapping]) -> Figure | None:
     reward, passed = curve(events, "reward"), curve(events, "pass@1")
     if len(reward.steps) < 2:
         return None
-    with _style():
-        figure, (axis,) = _figure(
+    with style():
+        figure, (axis,) = new_figure(
             "Reinforcement learning",
             "share of correct answers, in rollouts and on held-out questions",
             1,
@@ -257,7 +258,7 @@ def reward_figure(events: Sequence[Mapping]) -> Figure | None:
             )  # fmt: skip
         _step_axis(axis, reward.steps)
         top = max(float(reward.values.max()), float(passed.values.max()) if len(passed.steps) else 0)
-        axis.set_ylim(0, min(1.05, top * 1.15 + 0.02))
+        axis.set_ylim(0, min(1.05, max(0.1, top * 1.15)))
         _mark_end(axis, reward.steps[-1], mean[-1], f"{mean[-1]:.1%}", COLORS["rl"])
         axis.legend(frameon=False, loc="lower right", fontsize=9)
     return figure
@@ -269,8 +270,8 @@ def score_figure(scores: Mapping[str, Mapping[str, float]]) -> Figure | None:
     stages = [stage for stage in STAGE_NAMES if any(stage in scores[task] for task in tasks)]
     if not tasks:
         return None
-    with _style():
-        figure, (axis,) = _figure(
+    with style():
+        figure, (axis,) = new_figure(
             "What the model can do",
             "accuracy on held-out questions after each stage; dashed: guessing",
             1,
@@ -303,7 +304,7 @@ def _score_axis(axis: Axes, tasks: Sequence[str], stages: Sequence[str], highest
     axis.set_xticks(range(len(tasks)), tasks, fontsize=10, color=INK)
     axis.set_xlim(-0.6, len(tasks) - 0.4)
     axis.set_ylim(0, min(1.0, max(0.4, highest * 1.1)) + 0.06)
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axis.legend(
         handles=[Patch(color=COLORS[stage], label=STAGE_NAMES[stage]) for stage in stages], frameon=False,
         ncols=len(stages), loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=9, handlelength=1,
@@ -311,27 +312,23 @@ def _score_axis(axis: Axes, tasks: Sequence[str], stages: Sequence[str], highest
     )  # fmt: skip
 
 
-def budget_figure(budgets: Sequence[tuple[float, np.ndarray, np.ndarray, np.ndarray]]) -> Figure:
-    """Bits per byte against size: per FLOPs budget (flops, parameters, bpb, parabola in log10 of parameters)."""
-    from matplotlib import colormaps
-    from matplotlib.ticker import EngFormatter
-
-    with _style():
-        figure, (axis,) = _figure(
-            "Best size for a budget", "validation bits per byte; each parabola is one FLOPs budget", 1, 4.6
+def compression_figure(ratios: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Bytes per token of each tokenizer by kind of text: {tokenizer: {text: ratio}}, the first one stressed."""
+    texts = list(next(iter(ratios.values())))
+    shades = [COLORS["base"], "#9fb3c8", "#d3dae1"]
+    with style():
+        figure, (axis,) = new_figure(
+            "Compression", "bytes per token by kind of text; higher is better", 1, 3.6
         )
-        for place, (flops, params, bpb, parabola) in enumerate(budgets):
-            color = colormaps["viridis"](0.1 + 0.75 * place / max(1, len(budgets) - 1))
-            grid = np.geomspace(params.min(), params.max(), 100)
-            axis.plot(grid, np.polyval(parabola, np.log10(grid)), color=color, label=f"{flops:.3g} FLOPs")
-            axis.plot(params, bpb, "o", color=color, markersize=5)
-            best = float(10 ** (-parabola[1] / (2 * parabola[0])))
-            if params.min() <= best <= params.max():
-                axis.plot(
-                    [best], [np.polyval(parabola, np.log10(best))], "*", color=INK, markersize=11, zorder=5
-                )
-        axis.set_xscale("log")
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.set_xlabel("scaling parameters; star: lowest point", fontsize=9)
-        axis.legend(frameon=False, fontsize=9)
+        width = 0.8 / len(ratios)
+        for index, (name, by_text) in enumerate(ratios.items()):
+            places = np.arange(len(texts)) + (index - len(ratios) / 2 + 0.5) * width
+            values = [by_text[text] for text in texts]
+            axis.bar(places, values, width * 0.9, color=shades[index % len(shades)], label=name)
+            for place, value in zip(places, values, strict=True):
+                axis.text(place, value, f"{value:.1f}", ha="center", va="bottom", fontsize=8, color=MUTED)
+        axis.set_xticks(range(len(texts)), texts, color=INK)
+        axis.legend(
+            frameon=False, ncols=len(ratios), loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=9
+        )
     return figure

@@ -53,6 +53,8 @@ def format_bytes(count: float) -> str:
 
 def fenced(text: str, indent: str = "") -> str:
     """Text that must not become markup (samples, model output), in a fence longer than any inside it."""
+    # An untrained model prints control characters, with which tools take the report for a binary file.
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", lambda match: f"\\x{ord(match[0]):02x}", text)
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return "\n".join(indent + line for line in [f"{fence}text", *text.split("\n"), fence])

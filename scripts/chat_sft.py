@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from nanochat.configurator import option, run
 from nanochat.finetune import FinetuneConfig, finetune
-from scripts.mid_train import validation_mixture
+from scripts.mid_train import first, validation_mixture
 
 if TYPE_CHECKING:
     from nanochat.common import World
@@ -33,6 +33,7 @@ class Config(FinetuneConfig):
     chatcore_max_sample: int = option(24, "problems per generative task; -1: all")
     mmlu_epochs: int = option(3, "times that the MMLU training questions are in the mixture")
     gsm8k_epochs: int = option(4, "times that GSM8K is in the mixture")
+    gsm8k_stop: int = option(-1, "word problems of GSM8K; -1: all")
     smoltalk_stop: int = option(-1, "conversations of SmolTalk; -1: all")
     simple_spelling_size: int = option(200_000, "conversations that spell a word")
     spelling_bee_size: int = option(80_000, "conversations that count letters")
@@ -60,10 +61,10 @@ def mixture(cfg: Config) -> tuple[TaskMixture, TaskMixture]:
     identity, mmlu, gsm8k = (
         CustomJSON(identity_file()),
         MMLU("all", "auxiliary_train"),
-        GSM8K("main", "train"),
+        GSM8K("main", "train", stop=first(cfg.gsm8k_stop)),
     )
     tasks: list[Task] = [
-        SmolTalk("train", stop=cfg.smoltalk_stop if cfg.smoltalk_stop >= 0 else None),
+        SmolTalk("train", stop=first(cfg.smoltalk_stop)),
         ARC("ARC-Easy", "train"),
         ARC("ARC-Challenge", "train"),
         identity,

@@ -79,7 +79,7 @@ def main(cfg: Config) -> None:
         server.should_exit = server.should_exit or pool.failed
         if pool.ready and not announced:
             announced.append(True)
-            announce(cfg, pool)
+            announce(cfg, pool, listener.getsockname()[1])
 
     pool = WorkerPool(load, num_workers, settings, on_change)
     server = uvicorn.Server(
@@ -176,14 +176,13 @@ def loader_of(cfg: Config) -> tuple[Callable[[int], Replica], int]:
     return load, num_workers
 
 
-def announce(cfg: Config, pool: WorkerPool) -> None:
+def announce(cfg: Config, pool: WorkerPool, port: int) -> None:
     """Say what is served and where."""
     info, scheme = pool.replica.info, "https" if cfg.ssl_certfile else "http"
     host = "localhost" if cfg.host in ("127.0.0.1", "0.0.0.0", "::", "::1") else cfg.host
-    print(
-        f"{info.name}, step {info.step}, on {info.device} ({info.dtype}), context {info.context_length} tokens"
-    )
-    print(f"open {scheme}://{host}:{cfg.port}{cfg.root_path}  (Ctrl-C stops)", flush=True)
+    model = f"{info.name}, step {info.step}, on {info.device} ({info.dtype})"
+    print(f"{model}, context {info.context_length} tokens", flush=True)
+    print(f"open {scheme}://{host}:{port}{cfg.root_path}  (Ctrl-C stops)", flush=True)
 
 
 def warn_if_exposed(cfg: Config, settings: Settings) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config(FinetuneConfig):
+    gsm8k_stop: int = option(-1, "word problems of GSM8K; -1: all")
     simple_spelling_size: int = option(200_000, "conversations that spell a word")
     spelling_bee_size: int = option(80_000, "conversations that count letters")
 
@@ -41,7 +42,7 @@ def mixture(cfg: Config) -> tuple[TaskMixture, TaskMixture]:
         [
             SmolTalk("train"),
             MMLU("all", "auxiliary_train"),
-            GSM8K("main", "train"),
+            GSM8K("main", "train", stop=first(cfg.gsm8k_stop)),
             identity,
             identity,
             SimpleSpelling(cfg.simple_spelling_size, "train"),
@@ -49,6 +50,11 @@ def mixture(cfg: Config) -> tuple[TaskMixture, TaskMixture]:
         ]
     )
     return train, validation_mixture()
+
+
+def first(count: int) -> int | None:
+    """The end of a slice that takes `count` rows, or all of them if it is negative."""
+    return count if count >= 0 else None
 
 
 def validation_mixture() -> TaskMixture:

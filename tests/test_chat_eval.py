@@ -286,6 +286,7 @@ def _launch_two_ranks(base: Path, command: list[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # several processes that import torch, maybe on a busy machine
 def test_two_real_ranks_score_bits_and_core_like_one(run_here):
     record = run_here / "base_checkpoints" / "d2" / "base_eval_000007.json"
     config = base_eval.Config(
@@ -303,6 +304,7 @@ def test_two_real_ranks_score_bits_and_core_like_one(run_here):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # several processes that import torch, maybe on a busy machine
 def test_two_real_ranks_score_tasks_like_one(run_here):
     path = run_here / "chatsft_checkpoints" / "d2" / "chat_eval_000007.json"
     path.unlink(missing_ok=True)

@@ -45,7 +45,9 @@ def test_whole_file_appears_whole_or_not_at_all(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(common.tempfile, "mkstemp", lambda **_: (os.open("/dev/full", os.O_WRONLY), "/nowhere/x"))
+    monkeypatch.setattr(
+        common.tempfile, "mkstemp", lambda **_: (os.open("/dev/full", os.O_WRONLY), "/nowhere/x")
+    )
     monkeypatch.setattr(common.os, "chmod", lambda *_: None)
     with pytest.raises(UserError, match="No space left"), common.whole_file(tmp_path / "x") as file:
         file.write(b"data")

@@ -121,7 +121,11 @@ def test_golden_sizes(arch, depth, vocab, total, flops):
 def test_windows_follow_the_pattern_and_the_last_layer_sees_everything():
     assert GPTConfig(n_layer=8).window_sizes == [512, 512, 512, 2048] * 2
     assert GPTConfig(n_layer=3, window_pattern="S").window_sizes == [512, 512, 2048]
-    assert [GPTConfig(sequence_len=t, n_layer=2).window_sizes[0] for t in (256, 1024, 4096)] == [128, 256, 1024]
+    assert [GPTConfig(sequence_len=t, n_layer=2).window_sizes[0] for t in (256, 1024, 4096)] == [
+        128,
+        256,
+        1024,
+    ]
 
 
 def test_init_leaves_nothing_undefined():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import time
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -175,6 +177,16 @@ class Run:
     ranks: list[dict]
 
 
+def wait_for(processes: list, seconds: float = 120) -> None:
+    """Until all have ended; when one fails or time is up, the others would wait for it in vain and are killed."""
+    deadline = time.monotonic() + seconds
+    while alive := [process for process in processes if process.is_alive()]:
+        if time.monotonic() > deadline or any(process.exitcode for process in processes):
+            for process in alive:
+                process.kill()
+        wait([process.sentinel for process in alive], timeout=1)
+
+
 @pytest.fixture(scope="module", params=SIZES)
 def run(request, tmp_path_factory) -> Run:
     """All scenarios on one number of processes, started once."""
@@ -190,10 +202,7 @@ def run(request, tmp_path_factory) -> Run:
     processes = [context.Process(target=worker, args=(rank, size, directory)) for rank in range(size)]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(120)
-        if process.is_alive():
-            process.kill()
+    wait_for(processes)
     assert [process.exitcode for process in processes] == [0] * size
     ranks = [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(size)]
     return Run(size, directory, ranks)

@@ -115,3 +115,10 @@ def test_drawing_leaves_matplotlib_as_it_was():
 def test_a_diverged_run_still_has_a_picture():
     events = [{"step": s, "train/loss": float("nan") if s > 5 else 8.0} for s in range(10)]
     assert plots.loss_figure({"base": events}) is not None
+
+
+def test_compression_bars_have_the_height_of_the_ratios():
+    figure = plots.compression_figure(
+        {"ours": {"news": 3.5, "code": 2.0}, "GPT-2": {"news": 4.0, "code": 1.5}}
+    )
+    assert [bar.get_height() for bar in figure.axes[0].patches] == [3.5, 2.0, 4.0, 1.5]

@@ -85,6 +85,10 @@ def test_a_fence_is_longer_than_any_fence_inside():
     assert fenced("a\n````\nb").startswith("`````text\n")
 
 
+def test_control_characters_of_samples_are_shown_not_kept():
+    assert fenced("a\x00\x1b[1m\tb\nc") == "```text\na\\x00\\x1b[1m\tb\nc\n```"
+
+
 # --- header ------------------------------------------------------------------------------------------
 
 

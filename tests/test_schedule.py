@@ -45,9 +45,7 @@ def test_weight_decay_is_a_cosine():
     assert [schedule.decay(step) for step in (0, 500, 1000)] == pytest.approx([1.0, 0.5, 0.0], abs=1e-12)
 
 
-@given(
-    st.integers(1, 300), st.integers(0, 50), st.integers(0, 300), st.floats(0, 1), st.integers(0, 1000)
-)
+@given(st.integers(1, 300), st.integers(0, 50), st.integers(0, 300), st.floats(0, 1), st.integers(0, 1000))
 def test_bounded_for_every_step(num_steps, warmup, warmdown, final, step):
     schedule = Schedule(num_steps, warmup, min(warmdown, num_steps), final, 100, momentum_end=0.9)
     assert 0 <= schedule.lr_multiplier(step) <= 1 + 1e-12

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -316,3 +316,40 @@ def test_session_lifecycle(server: Served):
     assert server.http.post(f"{path}/truncate", json={"index": 0}).json()["messages"] == []
     assert server.http.delete(path).status_code == 204
     assert server.http.get(path).status_code == 404
+
+
+# --- no body breaks the server ------------------------------------------------------------------------
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", "x"]), "content": VALUES}),
+    max_size=4,
+)
+NAMES = st.sampled_from(
+    [
+        "message", "model", "temperature", "top_k", "top_p", "min_p", "max_tokens",
+        "seed", "stop", "n", "logprobs", "top_logprobs", "logit_bias", "stream",
+        "system", "title", "params", "session_id", "events", "tools", "index",
+    ]
+)  # fmt: skip
+BODIES = st.builds(
+    lambda messages, rest: {"messages": messages, "model": "default", "message": "x", **rest},
+    MESSAGES | VALUES,
+    st.dictionaries(NAMES, VALUES, max_size=4),
+)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(["/chat", "/chat/completions", "/v1/chat/completions", "/sessions"]), BODIES | VALUES)
+def test_any_body_gets_an_answer(server: Served, path: str, body: object):
+    response = server.http.post(path, json=body)
+    assert response.status_code < 500, response.text
+    assert server.pool.workers[0].num_failed == 0

@@ -84,6 +84,8 @@ def _makers(authors: Authors) -> dict[str, Callable[[Rng], str]]:
         "stories": authors.teller.story,
         "riddles": authors.teller.riddle,
         "quizzes": authors.quiz.page,
+        "lookups": authors.quiz.lookup,
+        "registers": authors.quiz.register,
         "sums": authors.arithmetic.page,
         "spelling": authors.speller.page,
         "programs": authors.programmer.module,

@@ -41,14 +41,31 @@ class Quiz:
         """An exam sheet with answers; some start with the facts that it asks about."""
         facts = [rng.pick(self.facts) for _ in range(rng.between(*NUM_PAGE_QUESTIONS))]
         parts = []
-        if rng.chance(0.3):
+        if rng.chance(0.5):
             parts.append(" ".join(rng.pick(fact.statements) for fact in rng.shuffled(facts)))
         for fact in facts:
             choice = choice_about(rng, fact, rng.pick(fact.questions))
             answer = LETTERS[choice.answer]
-            reason = f"\n{fact.statements[0]}" if rng.chance(0.4) else ""
+            reason = f"\n{fact.statements[0]}" if rng.chance(0.3) else ""
             parts.append(f"{printed(choice)}\n{answer}{reason}")
         return "\n\n".join(parts)
+
+    def lookup(self, rng: Rng) -> str:
+        """Which letter stands behind which choice: practice in reading the choices, with no fact to know."""
+        parts = []
+        for _ in range(rng.between(*NUM_PAGE_QUESTIONS)):
+            fact = rng.pick(self.facts)
+            choice = choice_about(rng, fact, "")
+            pairs = rng.shuffled(list(zip(choice.choices, LETTERS, strict=True)))
+            asked = "\n".join(f"Which letter is {text}? {letter}" for text, letter in pairs)
+            parts.append(f"{_lines(choice)}\n{asked}")
+        return "\n\n".join(parts)
+
+    def register(self, rng: Rng) -> str:
+        """A list that is read twice, the second time in another order: practice in finding things again."""
+        words = list(dict.fromkeys(rng.pick(self.facts).answer for _ in range(rng.between(6, 12))))
+        lines = [f"- {word}={rng.pick(LETTERS)}" for word in words]
+        return "\n".join([*lines, "", *rng.shuffled(lines), "", *rng.shuffled(lines)])
 
 
 def choice_about(rng: Rng, fact: Fact, question: str) -> Choice:
@@ -61,11 +78,14 @@ def choice_about(rng: Rng, fact: Fact, question: str) -> Choice:
 
 def printed(choice: Choice) -> str:
     """The question as the chat format of the tasks shows it."""
-    lines = "".join(f"- {text}={letter}\n" for text, letter in zip(choice.choices, LETTERS, strict=True))
     return (
-        f"Multiple Choice question: {choice.question}\n{lines}"
+        f"Multiple Choice question: {choice.question}\n{_lines(choice)}"
         "\nRespond only with the letter of the correct answer."
     )
+
+
+def _lines(choice: Choice) -> str:
+    return "".join(f"- {text}={letter}\n" for text, letter in zip(choice.choices, LETTERS, strict=True))
 
 
 def _with_tests(facts: tuple[Fact, ...]) -> tuple[Fact, ...]:

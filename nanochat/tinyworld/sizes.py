@@ -8,8 +8,9 @@ SMALLEST_CHARS = 10_000
 
 # Share of the characters of the pretraining text by kind of document.
 MIXTURE = (
-    ("encyclopaedia", 0.20), ("questions", 0.12), ("dialogues", 0.06), ("plays", 0.05), ("letters", 0.05),
-    ("stories", 0.11), ("riddles", 0.03), ("quizzes", 0.14), ("sums", 0.12), ("spelling", 0.07), ("programs", 0.05),
+    ("encyclopaedia", 0.18), ("questions", 0.11), ("dialogues", 0.04), ("plays", 0.03), ("letters", 0.03),
+    ("stories", 0.08), ("riddles", 0.03), ("quizzes", 0.22), ("lookups", 0.06), ("registers", 0.05), ("sums", 0.06),
+    ("spelling", 0.07), ("programs", 0.04),
 )  # fmt: skip
 
 SHARD_CHARS = 6_000_000

@@ -2,11 +2,14 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::encode::Encoder;
+use crate::encode::{Encoder, Worker};
 use crate::error::Error;
 
 /// Below this many bytes per thread, starting threads costs more than it saves.
 const MIN_BYTES_PER_THREAD: usize = 1 << 15;
+
+/// Below this many bytes per thread, the memory for remembered pieces is not worth setting up.
+const MIN_BYTES_TO_REMEMBER: usize = 1 << 18;
 
 /// Texts are handed out in runs of about this many bytes.
 const RUN_BYTES: usize = 1 << 17;
@@ -42,12 +45,14 @@ pub fn encode_batch<T: AsRef<str> + Sync>(
     let next = AtomicUsize::new(0);
     let work = || -> Result<Vec<(usize, Run)>, Error> {
         let (pattern, mut done) = (encoder.pattern.clone(), Vec::new());
+        let long = num_bytes / num_threads >= MIN_BYTES_TO_REMEMBER;
+        let mut worker = if long { Worker::remembering(encoder) } else { Worker::new(encoder) };
         while let Some(range) = ranges.get(next.fetch_add(1, Ordering::Relaxed)) {
             let mut run = Run::default();
             for text in &texts[range.clone()] {
                 let before = run.ids.len();
                 run.ids.extend(frame.prepend);
-                encoder.encode_ordinary(&pattern, text.as_ref(), &mut run.ids)?;
+                worker.encode(&pattern, text.as_ref(), &mut run.ids)?;
                 run.ids.extend(frame.append);
                 run.lens.push(run.ids.len() - before);
             }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::error::Error;
 use crate::merge::merge_piece;
+use crate::merged::MergedPieces;
 use crate::pattern::Pattern;
 use crate::piece_map::{pack, BATCH, MAX_PACKED};
 use crate::vocab::Vocab;
@@ -44,19 +45,6 @@ impl Encoder {
         self.vocab.token(id).or_else(special).ok_or(Error::UnknownId(i64::from(id)))
     }
 
-    /// Appends the ids of `text`, in which nothing is special.
-    pub fn encode_ordinary(&self, pattern: &Pattern, text: &str, out: &mut Vec<u32>) -> Result<(), Error> {
-        let mut batch = Batch::default();
-        pattern.split(text, |start, end| {
-            if batch.push(text.as_bytes(), start, end) {
-                batch.encode(&self.vocab, text.as_bytes(), out);
-            }
-            true
-        })?;
-        batch.encode(&self.vocab, text.as_bytes(), out);
-        Ok(())
-    }
-
     /// Appends the ids of `text`; the names in `allowed` become special tokens, longest first.
     pub fn encode(&self, text: &str, allowed: &[&str], out: &mut Vec<u32>) -> Result<(), Error> {
         let mut finds = Vec::with_capacity(allowed.len());
@@ -64,13 +52,74 @@ impl Encoder {
             let id = self.specials.get(*name).ok_or_else(|| Error::UnknownSpecial((*name).into()))?;
             finds.push(Find { name, id: *id, next: text.find(name) });
         }
-        let mut start = 0;
+        let (mut worker, mut start) = (Worker::new(self), 0);
         while let Some((at, len, id)) = first_special(&mut finds, text, start) {
-            self.encode_ordinary(&self.pattern, &text[start..at], out)?;
+            worker.encode(&self.pattern, &text[start..at], out)?;
             out.push(id);
             start = at + len;
         }
-        self.encode_ordinary(&self.pattern, &text[start..], out)
+        worker.encode(&self.pattern, &text[start..], out)
+    }
+}
+
+/// Encodes text in which nothing is special, with scratch memory that is kept between texts.
+pub struct Worker<'a> {
+    vocab: &'a Vocab,
+    batch: Batch,
+    merged: Option<MergedPieces>,
+}
+
+impl<'a> Worker<'a> {
+    /// A worker for short texts.
+    pub fn new(encoder: &'a Encoder) -> Worker<'a> {
+        Worker { vocab: &encoder.vocab, batch: Batch::default(), merged: None }
+    }
+
+    /// A worker for much text, which remembers how pieces were merged.
+    pub fn remembering(encoder: &'a Encoder) -> Worker<'a> {
+        Worker { merged: Some(MergedPieces::new()), ..Worker::new(encoder) }
+    }
+
+    /// Appends the ids of `text`.
+    pub fn encode(&mut self, pattern: &Pattern, text: &str, out: &mut Vec<u32>) -> Result<(), Error> {
+        let bytes = text.as_bytes();
+        self.batch.num = 0;
+        pattern.split(text, |start, end| {
+            if self.batch.push(bytes, start, end) {
+                self.encode_batch(bytes, out);
+            }
+            true
+        })?;
+        self.encode_batch(bytes, out);
+        Ok(())
+    }
+
+    /// Appends the ids of the pieces of the batch. Most pieces are tokens; the rest is merged.
+    #[inline]
+    fn encode_batch(&mut self, text: &[u8], out: &mut Vec<u32>) {
+        let num = std::mem::take(&mut self.batch.num);
+        self.vocab.ids_of_packed(&self.batch.keys[..num], &mut self.batch.ids);
+        for at in 0..num {
+            match self.batch.ids[at] {
+                Some(id) => out.push(id),
+                None => self.encode_rare(text, at, out),
+            }
+        }
+    }
+
+    /// A piece of the batch that is longer than a packed one, or no token.
+    fn encode_rare(&mut self, text: &[u8], at: usize, out: &mut Vec<u32>) {
+        let (key, (start, end)) = (self.batch.keys[at], self.batch.spans[at]);
+        if key == 0 {
+            match self.vocab.id_of(text, start, end) {
+                Some(id) => out.push(id),
+                None => merge_piece(self.vocab, &text[start..end], out),
+            }
+        } else if let Some(merged) = &mut self.merged {
+            merged.append(key, out, |out| merge_piece(self.vocab, &text[start..end], out));
+        } else {
+            merge_piece(self.vocab, &text[start..end], out);
+        }
     }
 }
 
@@ -96,28 +145,6 @@ impl Batch {
         self.spans[self.num] = (start, end);
         self.num += 1;
         self.num == BATCH
-    }
-
-    /// Appends the ids of the pieces and forgets them. Most pieces are tokens; the rest is merged.
-    #[inline]
-    fn encode(&mut self, vocab: &Vocab, text: &[u8], out: &mut Vec<u32>) {
-        let num = std::mem::take(&mut self.num);
-        vocab.ids_of_packed(&self.keys[..num], &mut self.ids);
-        for (id, (start, end)) in self.ids[..num].iter().zip(&self.spans) {
-            match id {
-                Some(id) => out.push(*id),
-                None => encode_rare(vocab, text, *start, *end, out),
-            }
-        }
-    }
-}
-
-/// A piece that is longer than a packed one, or no token.
-fn encode_rare(vocab: &Vocab, text: &[u8], start: usize, end: usize, out: &mut Vec<u32>) {
-    let long = if end - start > MAX_PACKED { vocab.id_of(text, start, end) } else { None };
-    match long {
-        Some(id) => out.push(id),
-        None => merge_piece(vocab, &text[start..end], out),
     }
 }
 

@@ -13,6 +13,7 @@ pub mod decode;
 pub mod encode;
 pub mod error;
 pub mod merge;
+pub mod merged;
 pub mod pattern;
 pub mod piece_map;
 mod python;

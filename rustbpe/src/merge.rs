@@ -10,16 +10,16 @@ const MAX_SCANNED: usize = 96;
 
 /// Appends the tokens of `piece` (not empty) to `out`, by merges alone.
 pub fn merge_piece(vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>) {
-    if piece.len() <= MAX_SCANNED {
-        merge_by_scanning(vocab, piece, out);
-    } else {
-        merge_by_heap(vocab, piece, out);
+    match piece.len() {
+        0..=16 => merge_by_scanning::<16>(vocab, piece, out),
+        17..=MAX_SCANNED => merge_by_scanning::<MAX_SCANNED>(vocab, piece, out),
+        _ => merge_by_heap(vocab, piece, out),
     }
 }
 
 /// Quadratic, but in a few cache lines: all ranks are looked at for every merge.
-fn merge_by_scanning(vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>) {
-    let (mut ids, mut ranks) = ([0u32; MAX_SCANNED], [NONE; MAX_SCANNED]);
+fn merge_by_scanning<const N: usize>(vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>) {
+    let (mut ids, mut ranks) = ([0u32; N], [NONE; N]);
     let mut num = piece.len();
     for (id, byte) in ids.iter_mut().zip(piece) {
         *id = vocab.byte_id(*byte);
@@ -29,10 +29,16 @@ fn merge_by_scanning(vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>) {
     }
     while let Some((rank, at)) = lowest(&ranks[..num - 1]) {
         ids[at] = rank;
-        ids.copy_within(at + 2..num, at + 1);
-        ranks.copy_within(at + 1..num, at);
         num -= 1;
-        ranks[at] = if at + 1 < num { vocab.merge(rank, ids[at + 1]) } else { NONE };
+        // Plain loops: the moves are too short for a call of memmove.
+        for place in at + 1..num {
+            ids[place] = ids[place + 1];
+            ranks[place - 1] = ranks[place];
+        }
+        ranks[num - 1] = NONE;
+        if at + 1 < num {
+            ranks[at] = vocab.merge(rank, ids[at + 1]);
+        }
         if at > 0 {
             ranks[at - 1] = vocab.merge(ids[at - 1], rank);
         }

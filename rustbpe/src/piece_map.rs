@@ -81,8 +81,9 @@ impl<V> Slot<V> {
     }
 }
 
+/// Hash of a packed piece, given in two halves.
 #[inline]
-fn hash(low: u64, high: u64) -> u64 {
+pub fn hash(low: u64, high: u64) -> u64 {
     mix(low ^ K0, high ^ K1)
 }
 

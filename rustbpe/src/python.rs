@@ -14,7 +14,7 @@ use pyo3::types::{PyByteArray, PyBytes, PyList, PyString};
 
 use crate::batch::{encode_batch, Frame, Run};
 use crate::decode::{decode, decode_bytes, Utf8Stream};
-use crate::encode::Encoder;
+use crate::encode::{Encoder, Worker};
 use crate::error::Error;
 use crate::pattern::Pattern;
 use crate::vocab::Vocab;
@@ -110,7 +110,7 @@ impl Tokenizer {
 
     /// Ids of a text in which nothing is special.
     fn encode_ordinary<'py>(&self, text: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyList>> {
-        self.encode_text(text, |encoder, text, ids| encoder.encode_ordinary(&encoder.pattern, text, ids))
+        self.encode_text(text, |encoder, text, ids| Worker::new(encoder).encode(&encoder.pattern, text, ids))
     }
 
     /// Ids of a text in which the names in allowed_special become special tokens.

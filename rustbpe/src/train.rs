@@ -168,16 +168,7 @@ impl Trainer {
         // Count of (new, new): each such pair was first counted as (new, left) by its left half.
         let mut doubled = 0;
         for at in positions {
-            let Some((before, after, count)) = self.slots.merge(at, left, right, new) else { continue };
-            if before == new {
-                doubled += count;
-            }
-            if before != SEPARATOR {
-                self.left.add(before, at - self.slots.width(before), count);
-            }
-            if after != SEPARATOR {
-                self.right.add(after, at, count);
-            }
+            doubled += self.replace(at, merge, new);
         }
         // The left side first: (new, left) must not be queued yet when (before, left) is decreased.
         let (mut lefts, mut rights) = (std::mem::take(&mut self.left), std::mem::take(&mut self.right));
@@ -185,6 +176,25 @@ impl Trainer {
         let single = |after, count| if after == left { count - doubled } else { count };
         self.settle(&mut rights, |after| key(right, after), |after| key(new, after), single);
         (self.left, self.right) = (lefts, rights);
+    }
+
+    /// Merges one occurrence and notes its neighbours; returns how often it doubles the new symbol.
+    #[inline]
+    fn replace(&mut self, at: u32, merge: Merge, new: u32) -> u64 {
+        let Some((before, after, count)) = self.slots.merge(at, merge.left, merge.right, new) else {
+            return 0;
+        };
+        if before != SEPARATOR {
+            self.left.add(before, at - self.slots.width(before), count);
+        }
+        if after != SEPARATOR {
+            self.right.add(after, at, count);
+        }
+        if before == new {
+            count
+        } else {
+            0
+        }
     }
 
     /// Turns the neighbours met on one side into decreased old pairs and new pairs.

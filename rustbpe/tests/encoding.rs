@@ -1,0 +1,164 @@
+//! Encoding and decoding against slow, obvious versions.
+
+mod common;
+
+use std::collections::{BTreeMap, HashMap};
+
+use common::{fuzz, Random};
+use rustbpe::batch::{encode_batch, Frame};
+use rustbpe::decode::{decode, decode_bytes, Utf8Stream};
+use rustbpe::encode::{Encoder, Worker};
+use rustbpe::error::Error;
+use rustbpe::pattern::{Pattern, NANOCHAT_PATTERN};
+use rustbpe::vocab::Vocab;
+
+type Ranks = Vec<(Vec<u8>, u32)>;
+
+/// Random concatenations as tokens in random order: most rank tables are unlike a trained one.
+fn random_ranks(random: &mut Random) -> Ranks {
+    let mut tokens: Vec<Vec<u8>> = (0..=255u8).map(|byte| vec![byte]).collect();
+    for _ in 0..random.below(60) {
+        let alphabet = b"aab \xc3\xa9";
+        let token: Vec<u8> = (0..random.below(20) + 2).map(|_| alphabet[random.below(6)]).collect();
+        if !tokens.contains(&token) {
+            tokens.push(token);
+        }
+    }
+    for at in (1..tokens.len()).rev() {
+        tokens.swap(at, random.below(at + 1));
+    }
+    let gap = random.below(3) as u32 + 1;
+    tokens.into_iter().enumerate().map(|(id, token)| (token, id as u32 * gap)).collect()
+}
+
+/// Merges the lowest-ranked concatenation of neighbours, leftmost first, one at a time.
+fn slow_merge(ranks: &HashMap<Vec<u8>, u32>, piece: &[u8]) -> Vec<u32> {
+    if let Some(id) = ranks.get(piece) {
+        return vec![*id];
+    }
+    let mut parts: Vec<Vec<u8>> = piece.iter().map(|byte| vec![*byte]).collect();
+    let rank = |pair: &[Vec<u8>]| ranks.get(&pair.concat()).copied();
+    while let Some((_, at)) =
+        parts.windows(2).enumerate().filter_map(|(at, pair)| Some((rank(pair)?, at))).min()
+    {
+        let merged = parts[at..at + 2].concat();
+        parts.splice(at..at + 2, [merged]);
+    }
+    parts.iter().map(|part| ranks[part]).collect()
+}
+
+fn encoder(ranks: Ranks, specials: &[(&str, u32)]) -> Encoder {
+    let specials = specials.iter().map(|(name, id)| ((*name).into(), *id)).collect();
+    Encoder::new(Pattern::new(NANOCHAT_PATTERN).unwrap(), Vocab::new(ranks).unwrap(), specials).unwrap()
+}
+
+fn encode(encoder: &Encoder, text: &str) -> Vec<u32> {
+    let mut ids = Vec::new();
+    Worker::new(encoder).encode(&encoder.pattern, text, &mut ids).unwrap();
+    ids
+}
+
+#[test]
+fn ids_equal_the_definition_for_any_ranks() {
+    fuzz(|random| {
+        let ranks = random_ranks(random);
+        let table: HashMap<Vec<u8>, u32> = ranks.iter().cloned().collect();
+        let encoder = encoder(ranks, &[]);
+        // From a few bytes to several hundred, beyond the limit of the scanning merge.
+        let len = 1 << random.below(9);
+        let text: String = (0..len).map(|_| *random.pick(&[&'a', &'a', &'b', &'\u{e9}', &' '])).collect();
+        let mut expected = Vec::new();
+        encoder
+            .pattern
+            .split(&text, |start, end| {
+                expected.extend(slow_merge(&table, &text.as_bytes()[start..end]));
+                true
+            })
+            .unwrap();
+        assert_eq!(encode(&encoder, &text), expected, "{text:?}");
+        assert_eq!(decode(&encoder, &expected).unwrap(), text);
+    });
+}
+
+#[test]
+fn batches_equal_single_texts_and_each_other() {
+    let mut random = Random(7);
+    let encoder = encoder(random_ranks(&mut random), &[]);
+    let texts: Vec<String> = (0..3000).map(|_| random.text(120)).collect();
+    let frame = Frame { prepend: Some(1000), append: None };
+    for threads in [1, 2, 5] {
+        let mut rows = texts.iter();
+        for run in encode_batch(&encoder, &texts, frame, threads).unwrap() {
+            let mut ids = &run.ids[..];
+            for len in run.lens {
+                let (row, rest) = ids.split_at(len);
+                assert_eq!(row[0], 1000);
+                assert_eq!(row[1..], encode(&encoder, rows.next().unwrap()));
+                ids = rest;
+            }
+        }
+        assert!(rows.next().is_none());
+    }
+}
+
+#[test]
+fn a_long_run_without_a_space_is_not_quadratic() {
+    let mut tokens: Ranks = (0..=255u8).map(|byte| (vec![byte], u32::from(byte))).collect();
+    (1..8).for_each(|k| tokens.push((vec![b'a'; 1 << k], 255 + k)));
+    let encoder = encoder(tokens, &[]);
+    let ids = encode(&encoder, &"a".repeat((1 << 20) + 3));
+    assert_eq!(ids[..1 << 13], vec![262; 1 << 13]);
+    assert_eq!(ids[1 << 13..], [256, 97]);
+}
+
+#[test]
+fn special_tokens_only_where_allowed() {
+    let bytes: Ranks = (0..=255u8).map(|byte| (vec![byte], u32::from(byte))).collect();
+    let encoder = encoder(bytes, &[("<a>", 256), ("<a>>", 257)]);
+    let encode = |text: &str, allowed: &[&str]| {
+        let mut ids = Vec::new();
+        encoder.encode(text, allowed, &mut ids).map(|()| ids)
+    };
+    assert_eq!(encode("x<a>y", &[]).unwrap(), b"x<a>y".map(u32::from));
+    assert_eq!(encode("x<a>y<a>", &["<a>"]).unwrap(), [120, 256, 121, 256]);
+    assert_eq!(encode("<a>><a>", &["<a>", "<a>>"]).unwrap(), [257, 256]);
+    assert_eq!(encode("<a>>", &["<a>"]).unwrap(), [256, 62]);
+    assert_eq!(encode("x", &["<b>"]), Err(Error::UnknownSpecial("<b>".into())));
+    assert_eq!(decode(&encoder, &[120, 257]).unwrap(), "x<a>>");
+}
+
+#[test]
+fn bad_tables_and_ids_are_errors() {
+    let bytes: Ranks = (0..=255u8).map(|byte| (vec![byte], u32::from(byte))).collect();
+    assert_eq!(Vocab::new(bytes[..255].to_vec()).err(), Some(Error::MissingByte(255)));
+    for extra in [(b"ab".to_vec(), 255), (b"a".to_vec(), 256), (Vec::new(), 256)] {
+        let table = [&bytes[..], std::slice::from_ref(&extra)].concat();
+        assert!(matches!(Vocab::new(table), Err(Error::DuplicateToken { .. })), "{extra:?}");
+    }
+    let pattern = || Pattern::new("").unwrap();
+    let taken = BTreeMap::from([("x".to_owned(), 5)]);
+    assert!(Encoder::new(pattern(), Vocab::bytes_only(), taken).is_err());
+    let encoder = encoder(bytes, &[]);
+    assert_eq!(decode_bytes(&encoder, &[256]), Err(Error::UnknownId(256)));
+    let invalid = Error::InvalidUtf8 { bytes: b"a\xe9b".to_vec(), start: 1, end: 2 };
+    assert_eq!(decode(&encoder, &[97, 0xe9, 98]), Err(invalid));
+}
+
+#[test]
+fn streamed_text_equals_lossy_decoding() {
+    fuzz(|random| {
+        let mut bytes = format!("a{}", random.text(6)).into_bytes();
+        for _ in 0..random.below(4) {
+            let at = random.below(bytes.len());
+            bytes[at] = random.next() as u8;
+        }
+        let (mut stream, mut text, mut rest) = (Utf8Stream::default(), String::new(), &bytes[..]);
+        while !rest.is_empty() {
+            let (head, tail) = rest.split_at(random.below(3.min(rest.len())) + 1);
+            text.push_str(&stream.push(head));
+            rest = tail;
+        }
+        text.push_str(&stream.flush());
+        assert_eq!(text, String::from_utf8_lossy(&bytes));
+    });
+}

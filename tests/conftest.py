@@ -1,0 +1,41 @@
+"""A small TinyWorld with its tokenizer, made once, for tests that train or evaluate for real."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+TINY_CHARS = 300_000
+TINY_VOCAB = 512
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """A base folder with TinyWorld data and a tokenizer. Read only: tests copy it (see tiny_run)."""
+    from nanochat.dataset import parquets_iter_batched
+    from nanochat.tinyworld import generate
+    from nanochat.tokenizer import RustBPETokenizer
+
+    base = tmp_path_factory.mktemp("tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base))
+        patch.setenv("NANOCHAT_DATA", "tinyworld")
+        generate(base / "tinyworld", seed=0, chars=TINY_CHARS)
+        texts = (text for batch in parquets_iter_batched("train") for text in batch)
+        RustBPETokenizer.train_from_iterator(texts, TINY_VOCAB).save(base / "tokenizer")
+    return base
+
+
+@pytest.fixture
+def tiny_run(tiny_base, tmp_path, monkeypatch) -> Path:
+    """A base folder of its own for one test: data linked, tokenizer copied, environment set."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "tinyworld").symlink_to(tiny_base / "tinyworld")
+    shutil.copytree(tiny_base / "tokenizer", base / "tokenizer")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    monkeypatch.setenv("NANOCHAT_DATA", "tinyworld")
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    return base

@@ -1,0 +1,156 @@
+"""Checkpoints are complete or absent; the one that is meant is found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nanochat import checkpoint_manager as cm
+from nanochat.common import UserError, read_json
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.tokenizer import get_tokenizer
+
+SIZES = dict(sequence_len=32, vocab_size=512, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
+
+
+@pytest.fixture
+def model() -> GPT:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.modern(**SIZES))
+    model.init_weights()
+    return model
+
+
+def save(base, model, stage="base", tag="d2", step=1, **options):
+    directory = base / cm.STAGES[stage] / tag
+    cm.save_checkpoint(directory, step, model, {"stage": stage}, **options)
+    return directory
+
+
+def test_round_trip_with_its_own_tokenizer(tiny_run, model):
+    state = {
+        "state": {0: {"step": 3, "exp_avg": torch.randn(4)}},
+        "param_groups": [{"lr": 0.1, "betas": (0.8, 0.9)}],
+    }
+    directory = save(tiny_run, model, optimizer_state=state, tokenizer=get_tokenizer())
+    for file in (tiny_run / "tokenizer").iterdir():
+        file.unlink()  # the checkpoint must not need it
+    loaded, tokenizer, meta = cm.load_model("base", torch.device("cpu"), "train")
+    assert meta["step"] == 1 and tokenizer.get_vocab_size() == 512
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+    stored = cm.Checkpoint.open(directory, 1).optimizer_state()
+    assert torch.equal(stored["state"][0]["exp_avg"], state["state"][0]["exp_avg"])
+    assert stored["param_groups"] == state["param_groups"]
+
+
+def test_eval_phase_computes_the_same_in_bf16(tiny_run, model, monkeypatch):
+    save(tiny_run, model, tokenizer=get_tokenizer())
+    monkeypatch.setenv("NANOCHAT_DTYPE", "bfloat16")
+    ids = torch.arange(20)[None]
+    train, _, _ = cm.load_model("base", torch.device("cpu"), "train")
+    evaluate, _, _ = cm.load_model("base", torch.device("cpu"), "eval")
+    assert evaluate.blocks[0].mlp.c_fc.weight.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.equal(train(ids), evaluate(ids))
+
+
+def test_without_meta_a_checkpoint_is_absent(tiny_run, model):
+    directory = save(tiny_run, model)
+    (directory / "model_000009.pt").write_bytes(b"half")
+    assert cm.newest_good_step(directory) == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
+def test_damage_is_found_and_the_older_checkpoint_used(tiny_run, model, damage, capsys):
+    save(tiny_run, model, step=1)
+    directory = save(tiny_run, model, step=2)
+    path = directory / "model_000002.pt"
+    data = bytearray(path.read_bytes())
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(data[:-1])
+    else:
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    assert cm.locate("base") == (directory, 1)
+    assert "model_000002.pt" in capsys.readouterr().out
+    with pytest.raises(UserError, match="cannot be used"):
+        cm.locate("base", step=2)
+
+
+def test_nothing_pickled_is_ever_run(tiny_run, model):
+    directory = save(tiny_run, model)
+
+    class Hostile:
+        def __reduce__(self):
+            return (open, ("/tmp/never", "w"))
+
+    torch.save({"wte": Hostile()}, directory / "model_000001.pt")
+    with pytest.raises(UserError, match="cannot read"):
+        cm.Checkpoint.open(directory, 1).model_state("cpu")
+
+
+def test_which_tag_is_meant(tiny_run, model):
+    base = tiny_run / cm.STAGES["base"]
+    for tag in ("d9", "d10", "d10_old", "experiment"):
+        save(tiny_run, model, tag=tag)
+    assert cm.find_model_tag(base) == "d10"
+    save(tiny_run, model, tag="d24_x")
+    assert cm.find_model_tag(base) == "d24_x"
+    (base / "d99").mkdir()  # an empty folder is no checkpoint
+    assert cm.find_model_tag(base) == "d24_x"
+
+
+def test_steps_are_numbers_not_text(tiny_run, model):
+    directory = save(tiny_run, model, step=999_999)
+    save(tiny_run, model, step=1_000_000)
+    assert cm.list_steps(directory) == [999_999, 1_000_000]
+    assert cm.locate("base")[1] == 1_000_000
+
+
+def test_keep_last_and_delete(tiny_run, model, capsys):
+    for step in (1, 2, 3):
+        directory = save(tiny_run, model, step=step, keep_last=2)
+    assert cm.list_steps(directory) == [2, 3]
+    assert not (directory / "model_000001.pt").exists()
+    cm.delete_checkpoints(directory)
+    assert cm.list_steps(directory) == [] and "steps [2, 3]" in capsys.readouterr().out
+
+
+def test_missing_things_are_one_line(tiny_run, model):
+    with pytest.raises(UserError, match="train that stage first"):
+        cm.locate("sft")
+    with pytest.raises(UserError, match="is not a stage"):
+        cm.locate("moon")
+    save(tiny_run, model)
+    with pytest.raises(UserError, match="there are: d2"):
+        cm.locate("base", "d7")
+    with pytest.raises(UserError, match=r"no step 5 .*\[1\]"):
+        cm.locate("base", "d2", 5)
+
+
+def test_a_tokenizer_of_another_size_is_refused(tiny_run):
+    other = GPT(GPTConfig.modern(**{**SIZES, "vocab_size": 300}))
+    other.init_weights()
+    save(tiny_run, other)
+    with pytest.raises(UserError, match=r"512 tokens, the model .* with 300"):
+        cm.load_model("base", torch.device("cpu"), "eval")
+
+
+def test_a_newer_format_is_refused(tiny_run, model):
+    directory = save(tiny_run, model)
+    config = read_json(directory / "meta_000001.json")["model_config"] | {"warp": 9}
+    cm.update_meta(directory, 1, {"model_config": config})
+    with pytest.raises(UserError, match=r"unknown settings \['warp'\]"):
+        cm.Checkpoint.open(directory, 1).config()
+
+
+def test_latest_stage(tiny_run, model):
+    with pytest.raises(UserError, match="train a model first"):
+        cm.latest_stage()
+    save(tiny_run, model, "base")
+    save(tiny_run, model, "sft")
+    assert cm.latest_stage() == "sft"

@@ -1,0 +1,368 @@
+"""The crate: merges against the definition, ids against tiktoken, arrays, streaming, errors."""
+
+from __future__ import annotations
+
+import logging
+import random
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rustbpe
+from rustbpe import GPT4_PATTERN, NANOCHAT_PATTERN
+
+Ranks = list[tuple[bytes, int]]
+
+WORDS = [
+    "the",
+    "quick",
+    "Brown",
+    "fox",
+    "don't",
+    "WE'LL",
+    "12345",
+    "3.14",
+    "na\xefve",
+    "caf\xe9",
+    "\u65e5\u672c\u8a9e",
+    "\ud55c\uad6d\uc5b4",
+    "\u0e44\u0e17\u0e22",
+    "\U0001f642\U0001f469\u200d\U0001f680",
+    "\u3000",
+    "\xbd",
+    "\u2167",
+    "...",
+    "!?",
+    "\t\n\r\n",
+    "",
+    "\xa0",
+]
+
+
+def learned(texts: list[str], vocab_size: int, **options: int) -> tuple[rustbpe.Tokenizer, list[bytes]]:
+    tokenizer = rustbpe.Tokenizer()
+    tokenizer.train_from_iterator(iter(texts), vocab_size, pattern=NANOCHAT_PATTERN, **options)
+    return tokenizer, [token for token, _ in tokenizer.get_mergeable_ranks()[256:]]
+
+
+def slow_merges(words: Counter[bytes], num_merges: int) -> list[bytes]:
+    """Tokens learned by recounting every pair before every merge; ties go to the smallest pair."""
+    corpus = [(list(word), count) for word, count in words.items()]
+    spelled = {byte: bytes([byte]) for byte in range(256)}
+    for new in range(256, 256 + num_merges):
+        pairs: Counter[tuple[int, int]] = Counter()
+        for ids, count in corpus:
+            for pair in pairwise(ids):
+                pairs[pair] += count
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        spelled[new] = spelled[best[0]] + spelled[best[1]]
+        corpus = [(replaced(ids, best, new), count) for ids, count in corpus]
+    return [spelled[token] for token in sorted(spelled)[256:]]
+
+
+def replaced(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    result, at = [], 0
+    while at < len(ids):
+        found = tuple(ids[at : at + 2]) == pair
+        result.append(new if found else ids[at])
+        at += 2 if found else 1
+    return result
+
+
+def as_tiktoken(tokenizer: rustbpe.Tokenizer, pattern: str = NANOCHAT_PATTERN) -> tiktoken.Encoding:
+    ranks = dict(tokenizer.get_mergeable_ranks())
+    return tiktoken.Encoding("test", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+
+def corpus(seed: int, num_texts: int = 300) -> list[str]:
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(WORDS, k=draw.randrange(60))) for _ in range(num_texts)]
+
+
+@pytest.fixture(scope="module")
+def trained() -> rustbpe.Tokenizer:
+    return learned(corpus(0), 500)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "vocab_size", "tokens", "encoded", "ids"),
+    [
+        ("aaabdaaabac", 259, "aa ab aaab", "aaabdaaabac", [258, 100, 258, 97, 99]),
+        ("abab baba", 262, "ab _b aba abab _baba", "abab baba", [259, 260]),
+        ("zz yy xx ww", 264, "_w _x _y zz _ww _xx _yy", "zz ww", [259, 260]),
+        ("aaaaa aaaa aaa", 264, "aa _aa aaa aaaaa _aaa _aaaa", "aaaaaaa", [256, 259]),
+        (
+            "low low low lower lowest newest newest widest",
+            268,
+            "lo low _low es est _n ew _new _newest _w dest er",
+            "lowest newer",
+            [257, 260, 263, 267],
+        ),
+        ("\xe9 \xe9 \xe9", 258, "\xe9 _\xe9", "\xe9", [256]),
+    ],
+)
+def test_vectors(text: str, vocab_size: int, tokens: str, encoded: str, ids: list[int]) -> None:
+    tokenizer, found = learned([text], vocab_size)
+    assert found == [token.replace("_", " ").encode() for token in tokens.split()]
+    assert tokenizer.encode(encoded) == ids
+    assert tokenizer.vocab_size == 256 + len(found)
+    assert tokenizer.get_mergeable_ranks()[:256] == [(bytes([byte]), byte) for byte in range(256)]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_ties_go_to_the_smallest_pair(seed: int) -> None:
+    draw = random.Random(seed)
+    alphabet = draw.choice(["ab", "abc", "abcdefgh", "a\xe9\u65e5"])
+    words = ["".join(draw.choices(alphabet, k=draw.randrange(1, 12))) for _ in range(40)]
+    texts = [" ".join(words[start : start + 5]) for start in range(0, 40, 5)]
+    # Letters only, so a piece is a word with the blank before it, if there is one.
+    pieces = Counter((" " * (at % 5 > 0) + word).encode() for at, word in enumerate(words))
+    _, found = learned(texts, 340, buffer_size=draw.randrange(1, 10), num_threads=draw.randrange(1, 4))
+    assert found == slow_merges(pieces, 84)
+
+
+@given(st.lists(st.text(max_size=80), max_size=8), st.integers(1, 9), st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_order_buffers_and_threads_do_not_matter(
+    texts: list[str], buffer_size: int, num_threads: int
+) -> None:
+    texts = [text.encode("utf-8", "replace").decode() for text in texts]
+    expected = learned(texts, 300)[1]
+    assert learned(texts[::-1], 300, buffer_size=buffer_size, num_threads=num_threads)[1] == expected
+
+
+@given(
+    st.text(
+        st.one_of(st.characters(), st.sampled_from(" \n\r\t'sSdmtlLvVrReE09a\u017f\u3000\x85")), max_size=200
+    )
+)
+@settings(max_examples=300, deadline=None)
+def test_ids_equal_tiktoken(trained: rustbpe.Tokenizer, text: str) -> None:
+    assert trained.encode_ordinary(text) == as_tiktoken(trained).encode_ordinary(text)
+
+
+@pytest.mark.parametrize("pattern", [GPT4_PATTERN, r"\w+|\W"])
+def test_other_patterns_equal_tiktoken(trained: rustbpe.Tokenizer, pattern: str) -> None:
+    tokenizer = rustbpe.Tokenizer.from_ranks(trained.get_mergeable_ranks(), pattern)
+    reference = as_tiktoken(trained, pattern)
+    for text in corpus(1, 50):
+        assert tokenizer.encode(text) == reference.encode_ordinary(text)
+    assert tokenizer.get_pattern() == pattern
+
+
+def test_every_scalar_value_equals_tiktoken(trained: rustbpe.Tokenizer) -> None:
+    # The crate's own tests do this for every position of a piece; here the other engine's tables matter.
+    text = "".join(f"{chr(code)}a " for code in range(0x110000) if not 0xD800 <= code < 0xE000)
+    assert trained.encode(text) == as_tiktoken(trained).encode_ordinary(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * 20000, "ab" * 10000, "\xe9" * 9999, " " * 5000 + "x", "\n" * 5000, "!" * 9999, "7" * 999]
+)
+def test_long_runs_equal_tiktoken(trained: rustbpe.Tokenizer, text: str) -> None:
+    tokenizer = learned([text[:2000], text[:777]], 290)[0]
+    for one in (trained, tokenizer):
+        assert one.encode(text) == as_tiktoken(one).encode_ordinary(text)
+
+
+def test_a_million_letters_do_not_hang(trained: rustbpe.Tokenizer) -> None:
+    start = time.monotonic()
+    text = "abcdefghij" * 200_000
+    assert trained.decode(trained.encode(text)) == text
+    assert len(learned([text], 300)[1]) > 5
+    assert time.monotonic() - start < 30  # quadratic work would take hours
+
+
+def test_lone_surrogates_are_replaced_as_tiktoken_does(trained: rustbpe.Tokenizer) -> None:
+    text = "a\ud800b \udfff\ud83d\ude00"
+    assert trained.encode(text) == as_tiktoken(trained).encode_ordinary(text)
+    assert trained.batch_encode([text]) == [trained.encode(text)]
+
+
+def test_batches_equal_single_texts(trained: rustbpe.Tokenizer) -> None:
+    texts = ["", *corpus(2, 500), ""]
+    rows = [trained.encode(text) for text in texts]
+    assert trained.batch_encode(iter(texts)) == rows
+    for num_threads in (1, 3, None):
+        ids, offsets = trained.encode_batch_arrays(texts, prepend=7, append=499, num_threads=num_threads)
+        assert ids.dtype == np.uint16 and offsets.dtype == np.int64 and ids.flags.writeable
+        framed = [ids[a:b].tolist() for a, b in pairwise(offsets)]
+        assert framed == [[7, *row, 499] for row in rows]
+    ids, offsets = trained.encode_batch_arrays([])
+    assert len(ids) == 0 and offsets.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("largest", "dtype"), [(255, "uint8"), (256, "uint16"), (65535, "uint16"), (65536, "uint32")]
+)
+def test_arrays_have_the_smallest_dtype(largest: int, dtype: str) -> None:
+    special = {"<x>": largest} if largest > 255 else {}
+    tokenizer = rustbpe.Tokenizer.from_ranks(byte_ranks(), NANOCHAT_PATTERN, special)
+    ids, _ = tokenizer.encode_batch_arrays(["\xe9"])
+    assert ids.dtype == dtype and ids.tolist() == [0xC3, 0xA9]
+
+
+def byte_ranks() -> Ranks:
+    return [(bytes([byte]), byte) for byte in range(256)]
+
+
+def test_special_tokens_only_where_allowed() -> None:
+    tokenizer = rustbpe.Tokenizer.from_ranks(byte_ranks(), NANOCHAT_PATTERN, {"<|bos|>": 256, "<|end|>": 257})
+    assert tokenizer.encode("<|bos|>") == list(b"<|bos|>") == tokenizer.encode_ordinary("<|bos|>")
+    assert tokenizer.encode("a<|bos|><|end|>", allowed_special={"<|bos|>"}) == [97, 256, *b"<|end|>"]
+    assert tokenizer.token_bytes(257) == b"<|end|>" and tokenizer.decode([256, 97]) == "<|bos|>a"
+    assert tokenizer.special_tokens == {"<|bos|>": 256, "<|end|>": 257} and tokenizer.vocab_size == 256
+    with pytest.raises(ValueError, match="not a special token"):
+        tokenizer.encode("a", allowed_special={"<|eos|>"})
+
+
+def test_decoding(trained: rustbpe.Tokenizer) -> None:
+    text = " ".join(WORDS)
+    ids = trained.encode(text)
+    assert trained.decode(ids) == trained.decode(np.array(ids, dtype=np.uint16)) == text
+    assert trained.decode_bytes(ids) == b"".join(map(trained.token_bytes, ids)) == text.encode()
+    with pytest.raises(UnicodeDecodeError) as caught:
+        trained.decode([97, 0xC3])
+    assert (caught.value.object, caught.value.start, caught.value.end) == (b"a\xc3", 1, 2)
+    assert trained.decode([97, 0xC3], errors="replace") == "a\ufffd"
+    for unknown in (10**6, -1, 10**12):
+        with pytest.raises(ValueError, match="no token has id"):
+            trained.decode([unknown])
+
+
+@given(st.binary(max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_streams_hold_unfinished_characters(trained: rustbpe.Tokenizer, data: bytes) -> None:
+    stream = rustbpe.StreamDecoder(trained)
+    parts = [stream.push(byte) for byte in data]
+    assert "".join(parts) + stream.flush() == data.decode("utf-8", "replace")
+    assert stream.flush() == ""
+
+
+def test_stream_of_one_emoji(trained: rustbpe.Tokenizer) -> None:
+    stream = rustbpe.StreamDecoder(trained)
+    assert [stream.push(byte) for byte in "\U0001f642".encode()] == ["", "", "", "\U0001f642"]
+
+
+def test_untrained() -> None:
+    tokenizer = rustbpe.Tokenizer()
+    assert tokenizer.get_pattern() == "" and tokenizer.encode("abc") == [] and tokenizer.vocab_size == 256
+
+
+class Unreadable:
+    def __iter__(self) -> Iterator[str]:
+        raise AssertionError("read before the arguments were checked")
+
+
+@pytest.mark.parametrize(
+    "options", [{"vocab_size": 255}, {"buffer_size": 0}, {"pattern": "("}, {"num_threads": 0}]
+)
+def test_bad_arguments_are_found_before_reading(options: dict[str, int | str]) -> None:
+    with pytest.raises(ValueError):
+        rustbpe.Tokenizer().train_from_iterator(Unreadable(), **{"vocab_size": 300, **options})
+
+
+@pytest.mark.parametrize(
+    ("texts", "error"),
+    [
+        ("abc", TypeError),
+        (["a", 1], TypeError),
+        ([b"a"], TypeError),
+        (["\ud800"], UnicodeEncodeError),
+        (5, TypeError),
+    ],
+)
+def test_bad_texts(texts: object, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        rustbpe.Tokenizer().train_from_iterator(texts, 300)
+
+
+def test_a_failed_training_changes_nothing(trained: rustbpe.Tokenizer) -> None:
+    before = trained.get_mergeable_ranks()
+
+    def texts() -> Iterator[str]:
+        yield "some text"
+        raise KeyError("from the iterator")
+
+    with pytest.raises(KeyError, match="from the iterator"):
+        trained.train_from_iterator(texts(), 300, pattern=GPT4_PATTERN)
+    with pytest.raises(ValueError):
+        trained.train_from_iterator([], 300, pattern="[")
+    assert trained.get_pattern() == NANOCHAT_PATTERN and trained.get_mergeable_ranks() == before
+
+
+def test_an_exhausted_regex_engine_is_an_error(trained: rustbpe.Tokenizer) -> None:
+    pattern = r"(?=(a+)+\1b)x|a"  # the back-reference needs the backtracking engine
+    with pytest.raises(RuntimeError):
+        rustbpe.Tokenizer().train_from_iterator(["a" * 200], 300, pattern=pattern)
+    with pytest.raises(RuntimeError):
+        rustbpe.Tokenizer.from_ranks(byte_ranks(), pattern).encode("a" * 200)
+
+
+@pytest.mark.parametrize("extra", [(b"a", 256), (b"ab", 255), (b"", 256)])
+def test_bad_ranks(extra: tuple[bytes, int]) -> None:
+    with pytest.raises(ValueError):
+        rustbpe.Tokenizer.from_ranks([*byte_ranks(), extra], NANOCHAT_PATTERN)
+    with pytest.raises(ValueError, match="lack the single byte 0x00"):
+        rustbpe.Tokenizer.from_ranks(byte_ranks()[1:], NANOCHAT_PATTERN)
+
+
+def test_progress_is_logged_and_a_small_corpus_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="rustbpe"):
+        learned(["ab"], 300)
+    assert "1 of 44 merges" in caplog.text and caplog.records[-1].levelno == logging.WARNING
+
+
+def test_ctrl_c_stops_training() -> None:
+    def endless() -> Iterator[str]:
+        while True:
+            yield "word " * 1000
+
+    timer = threading.Timer(0.5, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        rustbpe.Tokenizer().train_from_iterator(endless(), 300, pattern=NANOCHAT_PATTERN)
+    timer.join()
+
+
+def test_other_threads_run_while_it_works(trained: rustbpe.Tokenizer) -> None:
+    texts = ["".join(corpus(3, 100))] * 100
+    ticks, done = [0], threading.Event()
+
+    def tick() -> None:
+        while not done.is_set():
+            ticks[0] += 1
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    start = time.monotonic()
+    while time.monotonic() - start < 0.3:
+        trained.encode_batch_arrays(texts, num_threads=1)
+    done.set()
+    thread.join()
+    assert ticks[0] > 20
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_does_not_grow(trained: rustbpe.Tokenizer) -> None:
+    texts = corpus(4, 200)
+    resident = []
+    for _ in range(3):
+        for _ in range(500):
+            trained.encode_batch_arrays(texts, num_threads=2)
+        with open("/proc/self/statm") as file:
+            resident.append(int(file.read().split()[1]) * 4096)
+    assert resident[-1] - resident[0] < 4 << 20

@@ -1,0 +1,146 @@
+"""The training loop through the real scripts: it learns, resumes bit for bit, and refuses nonsense."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+from nanochat.checkpoint_manager import Checkpoint, list_steps
+from nanochat.common import UserError
+from nanochat.metrics import read_metrics
+from tests.training import ROOT, command, largest_difference, run_here, weights
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def losses(directory) -> list[float]:
+    return [e["train/loss"] for e in read_metrics(directory / "metrics.jsonl") if e["kind"] == "train"]
+
+
+def deterministic(directory) -> list[dict]:
+    """All events without what depends on the clock."""
+    keep = {"step", "kind", "train/loss", "train/lrm", "train/epoch", "val/bpb", "tokens"}
+    return [{k: v for k, v in e.items() if k in keep} for e in read_metrics(directory / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("arch", ["modern", "classic"])
+def test_base_training_learns_and_records(tiny_run, arch):
+    run_here("base_train", arch=arch, num_iterations=30, matrix_lr=0.5, embedding_lr=5.0, unembedding_lr=0.1)
+    directory = tiny_run / "base_checkpoints" / "t"
+    recorded = losses(directory)
+    assert len(recorded) == 30
+    assert recorded[0] == pytest.approx(math.log(512), abs=0.1)  # an untrained model knows nothing
+    assert sum(recorded[-5:]) / 5 < recorded[0] - 1.0
+    summary = json.loads((directory / "run_summary.json").read_text())
+    assert summary["num_iterations"] == 30 and summary["tokens_trained"] == 30 * 512
+    assert summary["val_bpb"] == pytest.approx(Checkpoint.open(directory, 30).meta["val_bpb"])
+
+
+@pytest.mark.parametrize("stage", ["base_train", "mid_train", "chat_sft"])
+def test_resuming_equals_the_straight_run_bit_for_bit(tiny_run, stage):
+    folder = {"base_train": "base", "mid_train": "mid", "chat_sft": "chatsft"}[stage] + "_checkpoints"
+    directory = tiny_run / folder / "t"
+    if stage != "base_train":
+        run_here("base_train", num_iterations=2)
+    source = {"source": "base"} if stage != "base_train" else {}
+    run_here(stage, save_every=2, resume="never", **source)
+    straight, story = weights(directory), deterministic(directory)
+    last = list_steps(directory)[-1]
+    for step in list_steps(directory)[1:]:
+        for path in directory.glob(f"*_{step:06d}.*"):
+            path.unlink()
+    assert list_steps(directory) == [2] and last > 2
+    run_here(stage, save_every=2, **source)
+    resumed = weights(directory)
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert deterministic(directory) == story
+
+
+def test_micro_batches_add_up_to_one_batch(tiny_run):
+    run_here("base_train", device_batch_size=8, num_iterations=4)
+    one = weights(tiny_run / "base_checkpoints" / "t")
+    run_here("base_train", device_batch_size=2, num_iterations=4, model_tag="split")
+    assert largest_difference(one, weights(tiny_run / "base_checkpoints" / "split")) < 1e-4
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_passed_over(tiny_run, capsys):
+    run_here("base_train", save_every=3)
+    directory = tiny_run / "base_checkpoints" / "t"
+    straight = weights(directory)
+    path = directory / "model_000006.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    run_here("base_train", save_every=3)
+    shown = capsys.readouterr().out
+    assert "model_000006.pt has" in shown and "resuming base at step 3" in shown
+    assert largest_difference(straight, weights(directory)) == 0
+
+
+def test_a_finished_run_is_not_repeated(tiny_run, capsys):
+    run_here("base_train")
+    before = (tiny_run / "base_checkpoints" / "t" / "model_000006.pt").stat().st_mtime_ns
+    run_here("base_train")
+    assert (tiny_run / "base_checkpoints" / "t" / "model_000006.pt").stat().st_mtime_ns == before
+
+
+def test_other_settings_do_not_continue_a_run(tiny_run):
+    run_here("base_train")
+    with pytest.raises(UserError, match=r"num_steps 6, not 8.*--resume=never"):
+        run_here("base_train", num_iterations=8)
+    run_here("base_train", num_iterations=2, resume="never")
+    assert list_steps(tiny_run / "base_checkpoints" / "t") == [2]
+
+
+def test_non_finite_losses_are_skipped_and_end_the_run(tiny_run, monkeypatch):
+    from nanochat.gpt import GPT
+
+    monkeypatch.setattr(GPT, "_loss", lambda self, x, targets, reduction: x.sum() * math.nan)
+    monkeypatch.setattr("nanochat.trainer.MAX_SKIPPED_IN_A_ROW", 3)
+    with pytest.raises(UserError, match="3 steps in a row gave no usable loss"):
+        run_here("base_train", eval_every=-1)
+
+
+def test_a_batch_without_targets_changes_nothing(tiny_run, monkeypatch):
+    """No NaN, no update: the step is skipped."""
+    from nanochat.dataloader import PretrainLoader
+
+    following = PretrainLoader.__next__
+
+    def without_targets(self):
+        inputs, targets = following(self)
+        return inputs, torch.full_like(targets, -1)
+
+    run_here("base_train", num_iterations=1, model_tag="one", eval_every=-1)
+    monkeypatch.setattr(PretrainLoader, "__next__", without_targets)
+    run_here("base_train", num_iterations=3, eval_every=-1, total_batch_size=128)
+    meta = Checkpoint.open(tiny_run / "base_checkpoints" / "t", 3).meta
+    assert meta["loop_state"]["skipped_steps"] == 3
+    assert all(tensor.isfinite().all() for tensor in weights(tiny_run / "base_checkpoints" / "t").values())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on_from_there(tiny_run, number):
+    arguments = command("base_train", num_iterations=100_000, eval_every=-1)
+    process = subprocess.Popen(
+        arguments, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    directory = tiny_run / "base_checkpoints" / "t"
+    deadline = time.monotonic() + 120
+    while not ((directory / "metrics.jsonl").exists() and len(losses(directory)) > 3):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-2000:]
+        time.sleep(0.1)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output[-2000:]
+    (step,) = list_steps(directory)
+    assert f"saved step {step}" in output
