@@ -62,7 +62,7 @@ def _save_tensors(path: Path, value: object) -> dict:
     with whole_file(path) as file:
         writer = _HashingWriter(file)
         # the legacy format is a plain stream; the zip format seeks back and could not be hashed on the way
-        torch.save(value, writer, _use_new_zipfile_serialization=False)
+        torch.save(value, writer, _use_new_zipfile_serialization=False)  # pyright: ignore[reportArgumentType]
     return {"size": writer.size, "sha256": writer.sha256.hexdigest()}
 
 

@@ -81,7 +81,8 @@ class _Softmax(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, probabilities = ctx.saved_tensors
         (grad,) = gradients
-        grad_scores = torch._softmax_backward_data(grad @ v.mT, probabilities, -1, probabilities.dtype)
+        backward = torch.ops.aten._softmax_backward_data
+        grad_scores = backward(grad @ v.mT, probabilities, -1, probabilities.dtype)
         return grad_scores @ k, grad_scores.mT @ q, probabilities.mT @ grad, None
 
 

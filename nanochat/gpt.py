@@ -233,7 +233,7 @@ class GPT(nn.Module):
             model = cls(config, compute_dtype)
         model.init_rotary()
         if torch.device(device).type == "cuda" and compute_dtype == torch.bfloat16:
-            model.transformer["wte"].to(compute_dtype)  # halves the tables; fp16 could not be unscaled
+            model.wte.to(compute_dtype)  # halves the tables; fp16 could not be unscaled
             model.value_embeds.to(compute_dtype)
         return model
 
@@ -248,7 +248,7 @@ class GPT(nn.Module):
         """
         config, modern = self.config, self.config.use_lambdas
         bound = (3.0 / config.n_embd) ** 0.5
-        nn.init.normal_(self.transformer["wte"].weight, std=0.8 if modern else 1.0)
+        nn.init.normal_(self.wte.weight, std=0.8 if modern else 1.0)
         nn.init.normal_(self.lm_head.weight, std=0.001)
         for block in self.blocks:
             for matrix in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
@@ -261,7 +261,7 @@ class GPT(nn.Module):
             nn.init.uniform_(self.smear_gate.weight, 0.0, 0.02)
             nn.init.zeros_(self.smear_lambda)
         for table in self.value_embeds.values():
-            nn.init.uniform_(table.weight, -bound, bound)
+            nn.init.uniform_(table.get_parameter("weight"), -bound, bound)
         for block in self.blocks:
             if hasattr(block.attn, "ve_gate"):
                 nn.init.uniform_(block.attn.ve_gate.weight, 0.0, 0.02)
@@ -286,6 +286,10 @@ class GPT(nn.Module):
     @property
     def blocks(self) -> Sequence[Block]:
         return self.transformer["h"]  # pyright: ignore[reportReturnType]
+
+    @property
+    def wte(self) -> nn.Embedding:
+        return self.transformer["wte"]  # pyright: ignore[reportReturnType]
 
     def get_device(self) -> torch.device:
         return self.lm_head.weight.device
@@ -320,7 +324,7 @@ class GPT(nn.Module):
         """Final normalised residual stream (B, T, C)."""
         config = self.config
         context = self._context(idx.size(1), kv_cache, lengths)
-        x = norm(self.transformer["wte"](idx).to(self.compute_dtype))
+        x = norm(self.wte(idx).to(self.compute_dtype))
         if config.use_smear:
             x = self._smear(x, kv_cache, lengths)
         x0 = middle = x
@@ -382,7 +386,7 @@ class GPT(nn.Module):
     def num_scaling_params(self) -> dict[str, int]:
         """Parameters by kind; `transformer_matrices` + `lm_head` is the count that scaling laws use."""
         counts = {
-            "wte": self.transformer["wte"].weight.numel(),
+            "wte": self.wte.weight.numel(),
             "value_embeds": sum(p.numel() for p in self.value_embeds.parameters()),
             "lm_head": self.lm_head.weight.numel(),
             "transformer_matrices": sum(p.numel() for p in self.transformer["h"].parameters()),
@@ -415,7 +419,7 @@ class GPT(nn.Module):
         width_scale = (self.config.n_embd / 768) ** -0.5  # tables learn slower in wider models
 
         def adamw(
-            params: Sequence[nn.Parameter], lr: float, betas: tuple[float, float], decay: float
+            params: Sequence[torch.Tensor], lr: float, betas: tuple[float, float], decay: float
         ) -> dict:
             common = {"kind": "adamw", "eps": 1e-10, "params": list(params)}
             return {**common, "lr": lr, "betas": betas, "weight_decay": decay}
@@ -423,7 +427,7 @@ class GPT(nn.Module):
         table_lr = embedding_lr * width_scale
         groups = [
             adamw([self.lm_head.weight], unembedding_lr * width_scale, (0.8, 0.96), 0.01),
-            adamw([self.transformer["wte"].weight], table_lr, (0.8, 0.995), 0.001),
+            adamw([self.wte.weight], table_lr, (0.8, 0.995), 0.001),
         ]
         if self.config.use_value_embeds:
             groups.append(adamw([*self.value_embeds.parameters()], 0.5 * table_lr, (0.8, 0.995), 0.01))

@@ -283,40 +283,45 @@ def cpu_plan() -> Plan:
 
 # --- TinyWorld ---------------------------------------------------------------------------------------
 
-TINY = Shape(4, vocab_size=4096, sequence_len=256, head_dim=64, window_pattern="L")
-TINY_ROWS, TINY_BATCH, TINY_STEPS, TINY_CHARS = 32, 8192, 1500, 60_000_000
+TINY = Shape(4, vocab_size=2048, sequence_len=256, head_dim=64, window_pattern="L")
+TINY_ROWS, TINY_BATCH, TINY_STEPS, TINY_CHARS = 16, 4096, 900, 16_000_000
 _TINY_SIZES = (
     f"--max-seq-len={TINY.sequence_len} --device-batch-size={TINY_ROWS} --total-batch-size={TINY_BATCH}"
 )
+# The flagship's rates are for batches 128 times larger; these were found by trial (LOG 2026-11-21).
+_TINY_RATES = "--matrix-lr=0.3 --embedding-lr=0.4 --unembedding-lr=0.06 --scalar-lr=0.3"
 
-_TINY_EVAL = "--max-problems=200 --max-new-tokens=128"
+_TINY_EVAL = "--max-new-tokens=160"
 
 
 def tiny_rows(seed: int, steps: int) -> list[Row]:
     """The stages of the embedded plan, with seconds on two cores. steps: of pretraining."""
     return [
-        Row("tinyworld", "write a small world as text and tasks", 15, (),
+        Row("tinyworld", "write a small world as text and tasks", 8, (),
             f"nanochat.tinyworld --seed={seed} --chars={TINY_CHARS}"),
-        Row("tok_train", "learn the vocabulary", 8, ("tinyworld",),
-            f"scripts.tok_train --max-chars=20000000 --vocab-size={TINY.vocab_size}"),
+        Row("tok_train", "learn the vocabulary", 5, ("tinyworld",),
+            f"scripts.tok_train --vocab-size={TINY.vocab_size}"),
         Row("tok_eval", "measure compression", 8, ("tok_train",), "scripts.tok_eval"),
         Row("base_train", "pretrain on the world's text", 260, ("tok_train",),
             f"scripts.base_train --depth={TINY.depth} --head-dim={TINY.head_dim}"
-            f" --window-pattern={TINY.window_pattern} {_TINY_SIZES} --num-iterations={steps} --eval-every=250"
-            f" --eval-tokens=65536 --core-metric-every=-1 --sample-every=-1 --save-every=250 --seed={seed}"),
+            f" --window-pattern={TINY.window_pattern} {_TINY_SIZES} {_TINY_RATES} --packing=stream"
+            f" --momentum-warmup-steps=100 --warmup-steps=20 --num-iterations={steps} --eval-every=300"
+            f" --eval-tokens=131072 --core-metric-every=-1 --sample-every=-1 --save-every=300 --keep-last=2"
+            f" --seed={seed}"),
         Row("base_eval", "CORE, bits per byte, samples", 30, ("base_train",),
-            f"scripts.base_eval --device-batch-size={TINY_ROWS} --split-tokens=65536 --max-per-task=50"),
-        Row("mid_train", "learn conversations and tools", 120, ("base_train",),
-            f"scripts.mid_train {_TINY_SIZES} --num-iterations=600 --eval-every=200 --eval-tokens=65536"
-            " --save-every=200 --simple-spelling-size=10000 --spelling-bee-size=10000"),
+            f"scripts.base_eval --device-batch-size={TINY_ROWS} --split-tokens=131072 --max-per-task=100"),
+        Row("mid_train", "learn conversations and tools", 90, ("base_train",),
+            f"scripts.mid_train {_TINY_SIZES} --eval-every=100 --eval-tokens=65536 --save-every=100 --keep-last=2"
+            " --gsm8k-stop=800 --simple-spelling-size=1000 --spelling-bee-size=1200"),
         _evaluation_row("mid", "mid_train", 20, _TINY_EVAL),
-        Row("chat_sft", "finetune on answers", 60, ("mid_train",),
-            f"scripts.chat_sft {_TINY_SIZES} --num-iterations=250 --eval-every=100 --eval-tokens=65536"
-            " --chatcore-every=-1 --simple-spelling-size=5000 --spelling-bee-size=5000"),
+        Row("chat_sft", "finetune on answers", 110, ("mid_train",),
+            f"scripts.chat_sft {_TINY_SIZES} --eval-every=100 --eval-tokens=65536 --save-every=100 --keep-last=2"
+            " --chatcore-every=-1 --mmlu-epochs=1 --gsm8k-epochs=1 --gsm8k-stop=800 --simple-spelling-size=500"
+            " --spelling-bee-size=800"),
         _evaluation_row("sft", "chat_sft", 20, _TINY_EVAL),
-        Row("chat_rl", "reinforce correct answers", 60, ("chat_sft",),
-            "scripts.chat_rl --num-iterations=40 --examples-per-step=16 --num-samples=8 --max-new-tokens=96"
-            " --eval-every=20 --eval-examples=100"),
+        Row("chat_rl", "reinforce correct answers", 80, ("chat_sft",),
+            "scripts.chat_rl --num-iterations=30 --examples-per-step=16 --num-samples=8 --device-batch-size=32"
+            " --max-new-tokens=96 --eval-every=15 --eval-examples=100 --eval-samples=4 --save-every=15"),
         _evaluation_row("rl", "chat_rl", 20, _TINY_EVAL),
     ]  # fmt: skip
 

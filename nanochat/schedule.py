@@ -31,7 +31,7 @@ class Schedule:
         """In [0, 1] for every step, also beyond the last."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
-        if step <= self.num_steps - self.warmdown_steps:
+        if step <= self.num_steps - self.warmdown_steps or not self.warmdown_steps:
             return 1.0
         left = max(self.num_steps - step, 0) / self.warmdown_steps
         return left + (1 - left) * self.final_lr_frac

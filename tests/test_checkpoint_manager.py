@@ -76,7 +76,7 @@ def test_damage_is_found_and_the_older_checkpoint_used(tiny_run, model, damage, 
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
     assert cm.locate("base") == (directory, 1)
-    assert "model_000002.pt" in capsys.readouterr().out
+    assert "model_000002.pt" in capsys.readouterr().err
     with pytest.raises(UserError, match="cannot be used"):
         cm.locate("base", step=2)
 

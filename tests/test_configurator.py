@@ -60,7 +60,7 @@ def test_flags(argv, expected):
         (["--arch=gothic"], "must be one of modern, classic"),
         (["depth=3"], "flags start with --"),
         (["missing.py"], "cannot read preset missing.py"),
-        (["--depth=None"], "not None"),
+        (["--depth=None"], "must be int, not 'None'"),
     ],
 )
 def test_mistakes_are_one_line(argv, message):

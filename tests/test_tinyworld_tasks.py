@@ -176,7 +176,22 @@ def test_quiz_pages_give_the_right_letter(authors: Authors):
         found = re.findall(pattern, authors.quiz.page(rng))
         assert found
         for question, *choices, letter in found:
-            assert choices["ABCD".index(letter)] == answer[question]
+            named = re.fullmatch(r"Which one is (.*)\?", question)
+            assert choices["ABCD".index(letter)] == (named[1] if named else answer[question])
+
+
+def test_practice_pages_can_be_predicted_by_looking_back(authors: Authors):
+    rng = Rng(0, "practice test")
+    for _ in range(50):
+        for listed, asked in re.findall(
+            r"((?:- .*\n){4})\n?((?:Which letter is .*\n?){4})", authors.quiz.lookup(rng)
+        ):
+            pairs = dict(re.findall(r"- (.*)=([A-D])", listed))
+            assert dict(re.findall(r"is (.*)\? ([A-D])", asked)) == pairs and len(pairs) == 4
+        readings = [sorted(part.split("\n")) for part in authors.quiz.register(rng).split("\n\n")]
+        assert len(readings) == 3 and readings[0] == readings[1] == readings[2]
+        words = authors.quiz.echo(rng)
+        assert words[: len(words) // 4] in words[1:]
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

@@ -66,11 +66,15 @@ def test_resuming_equals_the_straight_run_bit_for_bit(tiny_run, stage):
     assert deterministic(directory) == story
 
 
-def test_micro_batches_add_up_to_one_batch(tiny_run):
-    run_here("base_train", device_batch_size=8, num_iterations=4)
-    one = weights(tiny_run / "base_checkpoints" / "t")
-    run_here("base_train", device_batch_size=2, num_iterations=4, model_tag="split")
-    assert largest_difference(one, weights(tiny_run / "base_checkpoints" / "split")) < 1e-4
+@pytest.mark.parametrize("arch", ["classic", "modern"])
+def test_micro_batches_add_up_to_one_batch(tiny_run, arch):
+    for tag, rows in (("whole", 8), ("split", 2)):
+        run_here("base_train", arch=arch, device_batch_size=rows, num_iterations=4, model_tag=tag)
+    whole, split = (tiny_run / "base_checkpoints" / tag for tag in ("whole", "split"))
+    assert losses(whole) == pytest.approx(losses(split), abs=2e-3)
+    if arch == "classic":
+        # The gradient of modern's backout is zero at the start but for rounding, which AdamW scales up.
+        assert largest_difference(weights(whole), weights(split)) < 1e-4
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_passed_over(tiny_run, capsys):
@@ -80,8 +84,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(tiny_run, capsys):
     path = directory / "model_000006.pt"
     path.write_bytes(path.read_bytes()[:-100])
     run_here("base_train", save_every=3)
-    shown = capsys.readouterr().out
-    assert "model_000006.pt has" in shown and "resuming base at step 3" in shown
+    shown = capsys.readouterr()
+    assert "model_000006.pt has" in shown.err and "resuming base at step 3" in shown.out
     assert largest_difference(straight, weights(directory)) == 0
 
 

@@ -12,12 +12,13 @@ ROUNDING = 2e-4
 
 @pytest.fixture
 def pretrained(tiny_run):
-    run_processes("base_train", ranks=1)
+    # classic: the gradient of modern's backout is zero at the start but for rounding, which AdamW scales up
+    run_processes("base_train", ranks=1, arch="classic")
     return tiny_run
 
 
 def test_base_training(pretrained):
-    run_processes("base_train", ranks=2, model_tag="two")
+    run_processes("base_train", ranks=2, arch="classic", model_tag="two")
     base = pretrained / "base_checkpoints"
     assert largest_difference(weights(base / "t"), weights(base / "two")) < ROUNDING
 
@@ -40,9 +41,9 @@ def test_later_stages(pretrained, stage, folder):
 def test_resuming_with_another_number_of_ranks(pretrained):
     base = pretrained / "base_checkpoints"
     straight = weights(base / "t")
-    run_processes("base_train", ranks=2, model_tag="two", save_every=3)
+    run_processes("base_train", ranks=2, arch="classic", model_tag="two", save_every=3)
     for path in (base / "two").glob("*_000006.*"):
         path.unlink()
-    output = run_processes("base_train", ranks=1, model_tag="two")
+    output = run_processes("base_train", ranks=1, arch="classic", model_tag="two")
     assert "resuming base at step 3" in output
     assert largest_difference(straight, weights(base / "two")) < ROUNDING

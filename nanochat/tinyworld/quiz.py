@@ -38,17 +38,23 @@ class Quiz:
         return choice_about(rng, fact, rng.pick(fact.test_questions if test else fact.questions))
 
     def page(self, rng: Rng) -> str:
-        """An exam sheet with answers; some start with the facts that it asks about."""
-        facts = [rng.pick(self.facts) for _ in range(rng.between(*NUM_PAGE_QUESTIONS))]
+        """An exam sheet with answers. Some questions come after the fact itself, some name their answer."""
         parts = []
-        if rng.chance(0.5):
-            parts.append(" ".join(rng.pick(fact.statements) for fact in rng.shuffled(facts)))
-        for fact in facts:
-            choice = choice_about(rng, fact, rng.pick(fact.questions))
-            answer = LETTERS[choice.answer]
-            reason = f"\n{fact.statements[0]}" if rng.chance(0.3) else ""
-            parts.append(f"{printed(choice)}\n{answer}{reason}")
+        for _ in range(rng.between(*NUM_PAGE_QUESTIONS)):
+            fact = rng.pick(self.facts)
+            kind = rng.below(10)
+            question = f"Which one is {fact.answer}?" if kind < 2 else rng.pick(fact.questions)
+            choice = choice_about(rng, fact, question)
+            if 2 <= kind < 6:
+                parts.append(rng.pick(fact.statements))
+            reason = f"\n{rng.pick(fact.statements)}" if rng.chance(0.2) else ""
+            parts.append(f"{printed(choice)}\n{LETTERS[choice.answer]}{reason}")
         return "\n\n".join(parts)
+
+    def echo(self, rng: Rng) -> str:
+        """Words in no order, said again and again: what comes next was said before."""
+        words = [rng.pick(self.facts).answer for _ in range(rng.between(8, 30))]
+        return " ".join(words * rng.between(2, 4))
 
     def lookup(self, rng: Rng) -> str:
         """Which letter stands behind which choice: practice in reading the choices, with no fact to know."""
@@ -62,9 +68,12 @@ class Quiz:
         return "\n\n".join(parts)
 
     def register(self, rng: Rng) -> str:
-        """A list that is read twice, the second time in another order: practice in finding things again."""
+        """A list that is read three times, each time in another order: practice in finding things again."""
         words = list(dict.fromkeys(rng.pick(self.facts).answer for _ in range(rng.between(6, 12))))
-        lines = [f"- {word}={rng.pick(LETTERS)}" for word in words]
+        if rng.chance(0.5):
+            lines = [f"- {word}={rng.pick(LETTERS)}" for word in words]
+        else:
+            lines = [f"- {word} {rng.pick(self.facts).answer}" for word in words]
         return "\n".join([*lines, "", *rng.shuffled(lines), "", *rng.shuffled(lines)])
 
 

@@ -132,7 +132,7 @@ impl Tokenizer {
         num_threads: Option<usize>,
     ) -> PyResult<Bound<'py, PyList>> {
         let rows = PyList::empty(texts.py());
-        for run in self.encode_runs(texts, Frame::default(), num_threads)? {
+        for run in encode_runs(&self.encoder(), texts, Frame::default(), num_threads)? {
             let mut ids = &run.ids[..];
             for len in run.lens {
                 let (row, rest) = ids.split_at(len);
@@ -154,8 +154,9 @@ impl Tokenizer {
         append: Option<u32>,
         num_threads: Option<usize>,
     ) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
-        let runs = self.encode_runs(texts, Frame { prepend, append }, num_threads)?;
-        let max_id = [Some(self.encoder().max_id()), prepend, append].into_iter().flatten().max();
+        let encoder = self.encoder();
+        let runs = encode_runs(&encoder, texts, Frame { prepend, append }, num_threads)?;
+        let max_id = [Some(encoder.max_id()), prepend, append].into_iter().flatten().max();
         let lens = runs.iter().flat_map(|run| &run.lens);
         let mut offsets = vec![0i64];
         offsets.extend(lens.scan(0, |sum, len| {
@@ -212,23 +213,19 @@ impl Tokenizer {
         }
         PyList::new(py, ids)
     }
-
-    fn encode_runs(
-        &self,
-        texts: &Bound<'_, PyAny>,
-        frame: Frame,
-        num_threads: Option<usize>,
-    ) -> PyResult<Vec<Run>> {
-        let (encoder, num_threads) = (self.encoder(), threads(num_threads)?);
-        refuse_str(texts, "texts")?;
-        let texts = texts.try_iter()?.map(|text| repaired(&text?)).collect::<PyResult<Vec<_>>>()?;
-        Ok(texts_py(&texts, |texts| encode_batch(&encoder, texts, frame, num_threads))?)
-    }
 }
 
-/// Runs `work` on the texts with the GIL released.
-fn texts_py<R: Send>(texts: &[PyBackedStr], work: impl FnOnce(&[PyBackedStr]) -> R + Send) -> R {
-    Python::attach(|py| py.detach(|| work(texts)))
+/// Encodes an iterable of texts with the GIL released.
+fn encode_runs(
+    encoder: &Encoder,
+    texts: &Bound<'_, PyAny>,
+    frame: Frame,
+    num_threads: Option<usize>,
+) -> PyResult<Vec<Run>> {
+    let (py, num_threads) = (texts.py(), threads(num_threads)?);
+    refuse_str(texts, "texts")?;
+    let texts = texts.try_iter()?.map(|text| repaired(&text?)).collect::<PyResult<Vec<_>>>()?;
+    Ok(py.detach(|| encode_batch(encoder, &texts, frame, num_threads))?)
 }
 
 /// Decodes a stream of ids and holds back bytes that do not end a character yet.
