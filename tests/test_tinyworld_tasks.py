@@ -23,7 +23,7 @@ from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 
-CHARS = 300_000
+CHARS = 600_000
 
 
 @pytest.fixture(scope="module")
