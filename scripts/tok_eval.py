@@ -181,23 +181,10 @@ def comparison_markdown(name: str, theirs: Sizes, ours: Sizes) -> str:
 
 def plot(sizes: Mapping[str, Sizes], path: Path) -> None:
     """Bars of bytes per token: a group for each text, a bar for each tokenizer."""
-    from matplotlib.figure import Figure
+    from nanochat.plots import compression_figure, save
 
-    from nanochat.common import whole_file
-
-    texts = list(sizes["ours"])
-    width = 0.8 / len(sizes)
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    for place, (name, by_text) in enumerate(sizes.items()):
-        left = [position + place * width for position in range(len(texts))]
-        axes.bar(left, [by_text[text].ratio for text in texts], width, label=name, align="edge")
-    axes.set_xticks([position + 0.4 for position in range(len(texts))], texts, rotation=20)
-    axes.set_ylabel("bytes per token (higher is better)")
-    axes.set_title("Compression by kind of text")
-    axes.legend()
-    with whole_file(path) as file:
-        figure.savefig(file, format="png", dpi=150)
+    ratios = {name: {text: size.ratio for text, size in by_text.items()} for name, by_text in sizes.items()}
+    save(compression_figure(ratios), path)
     print(f"plot: {path}")
 
 

@@ -20,6 +20,18 @@ def ctrl_c_works():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.fixture
+def one_seeded_thread():
+    """torch on one thread, from a fixed seed."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
     """A base folder with TinyWorld data and a tokenizer. Read only: tests copy it (see tiny_run)."""

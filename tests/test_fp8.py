@@ -11,13 +11,7 @@ from nanochat.fp8 import Float8Linear, convert_to_float8, quantise, supports_fp8
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_seeded_thread")
 
 
 def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:

@@ -13,13 +13,7 @@ from nanochat.optim import MuonAdamW
 from tests.test_optim import MUON, parameter
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_seeded_thread")
 
 
 def first_update(gradients: Tensor, variant: MuonVariant, **changes) -> Tensor:
