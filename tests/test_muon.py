@@ -12,7 +12,6 @@ from nanochat.muon import MUON_VARIANTS, MuonVariant, muon_update, orthogonalise
 from nanochat.optim import MuonAdamW
 from tests.test_optim import MUON, parameter
 
-
 pytestmark = pytest.mark.usefixtures("one_seeded_thread")
 
 
