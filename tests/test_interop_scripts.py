@@ -85,7 +85,7 @@ def test_a_trained_model_chats_in_transformers_and_trains_on_after_import(tiny_r
 
     sizes = {"max_seq_len": 128, "total_batch_size": 2048, "device_batch_size": 8}
     run_here("base_train", arch=architecture, num_iterations=120, eval_every=-1, **sizes)
-    run_here("chat_sft", num_iterations=60, eval_every=-1)
+    run_here("chat_sft", source="base", num_iterations=60, eval_every=-1)
     export_hf.main(export_hf.Config(source="sft", output=str(tmp_path / "out")))
 
     model, tokenizer, _ = load_model("sft", torch.device("cpu"), "eval")
@@ -107,7 +107,7 @@ def test_a_trained_model_chats_in_transformers_and_trains_on_after_import(tiny_r
     import_hf.main(import_hf.Config(path=str(tmp_path / "out"), stage="base", model_tag="back"))
     for path in (tiny_run / "tokenizer").iterdir():
         path.unlink()
-    run_here("chat_sft", model_tag="back", num_iterations=2, eval_every=2, **sizes)
+    run_here("chat_sft", source="base", model_tag="back", num_iterations=2, eval_every=2, **sizes)
     before, after = weights(tiny_run / STAGES["base"] / "back"), weights(tiny_run / STAGES["sft"] / "back")
     assert Checkpoint.open(tiny_run / STAGES["sft"] / "back", 2).meta["source"]["stage"] == "base"
     assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])

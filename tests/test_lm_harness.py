@@ -74,7 +74,7 @@ def test_same_accuracies_on_local_task_files(subject, tmp_path, monkeypatch):
     kinds = {"choice": choice_items(60), "continuation": continuation_items(40)}
     texts = {
         "choice": "output_type: multiple_choice\ndoc_to_text: '{{query}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: gold\n",
-        "continuation": "output_type: loglikelihood\ndoc_to_text: '{{context}}'\ndoc_to_target: '{{continuation}}'\n",
+        "continuation": "output_type: loglikelihood\ndoc_to_text: '{{context}}'\ndoc_to_target: \"{{' ' + continuation}}\"\n",
     }
     for kind, items in kinds.items():
         data = tmp_path / f"{kind}.jsonl"

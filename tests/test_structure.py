@@ -25,7 +25,7 @@ LIBRARY_LAYERS = [
     {"tokenizer", "tokenizer_base", "tokenizer_hf", "conversation", "tinyworld", "hub", "dataset", "packing", "prefetch", "document_reader", "dataloader", "chat_loader", "safe_pickle"},
     {"gpt", "kv_cache", "flash_attention", "muon", "sharding", "optim", "scaling", "schedule", "compilation", "fp8", "config_versions"},
     {"checkpoint_manager", "metrics", "trainer"},
-    {"calculator", "execution", "sandbox_harness", "sampling", "scheduler", "engine", "serve", "interop"},
+    {"calculator", "execution", "sandbox_harness", "sampling", "scheduler", "engine", "serve"},
 ]  # fmt: skip
 
 

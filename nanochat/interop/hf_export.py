@@ -14,7 +14,7 @@ from nanochat.common import UserError, print0, whole_file, write_json
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.interop import hf_config
 from nanochat.interop.hf_tokenizer import BOS, END_OF_ANSWER, write_tokenizer
-from nanochat.interop.verification import verify
+from nanochat.interop.verification import transformers_package, verify
 from nanochat.tokenizer import RustBPETokenizer
 
 SHARD_BYTES = 5_000_000_000
@@ -35,6 +35,7 @@ def export_folder(
     Raises UserError, leaving nothing behind, if the folder exists, something has no counterpart in
     transformers, or the folder computes something else than the model.
     """
+    transformers_package()  # before gigabytes are written that could not be verified
     directory = directory.resolve()
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise UserError(f"{directory} is not an empty folder; an export makes a new one")

@@ -26,12 +26,11 @@ def verify(directory: Path, model: GPT, tokenizer: RustBPETokenizer) -> None:
     """
     loaded = load_with_transformers(directory, trust_remote_code=not is_classic(model.config))
     _compare_tokenizers(directory, tokenizer)
-    texts = [*PARAGRAPHS, *(tokenizer.decode(_ids_of(c, tokenizer)) for c in CONVERSATIONS)]
     rows = [tokenizer.encode(text, prepend="<|bos|>") for text in PARAGRAPHS]
     rows += [_ids_of(conversation, tokenizer) for conversation in CONVERSATIONS]
     worst = max(logit_difference(loaded, model, row[: model.config.sequence_len]) for row in rows)
-    print0(f"verified: {len(PROBES)} texts and {len(CONVERSATIONS)} conversations give the same ids;"
-           f" logits on {len(texts)} texts differ by at most {worst:.1e}")  # fmt: skip
+    same = f"{len(PROBES)} texts and {len(CONVERSATIONS)} conversations give the same ids"
+    print0(f"verified: {same}; logits on {len(rows)} rows differ by at most {worst:.1e}")
     if not worst <= TOLERANCE:
         raise UserError(f"the exported model's logits differ by {worst:.1e} (allowed: {TOLERANCE:.0e})")
     _compare_generation(loaded, model, rows[0][: model.config.sequence_len // 2])
@@ -39,13 +38,7 @@ def verify(directory: Path, model: GPT, tokenizer: RustBPETokenizer) -> None:
 
 def load_with_transformers(directory: Path, trust_remote_code: bool = False) -> Any:
     """The folder's model in fp32. Raises UserError if a weight is missing or left over."""
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError:
-        raise UserError(
-            "an export is verified with the package transformers; run: uv sync --extra hf"
-        ) from None
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = transformers_package().AutoModelForCausalLM.from_pretrained(
         directory, trust_remote_code=trust_remote_code, dtype=torch.float32, output_loading_info=True
     )
     model, info = loaded
@@ -55,6 +48,17 @@ def load_with_transformers(directory: Path, trust_remote_code: bool = False) -> 
                 f"transformers reports {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:3]}"
             )
     return model.eval()
+
+
+def transformers_package() -> Any:
+    """The package transformers. Raises UserError, saying how to get it, where it is missing."""
+    try:
+        import transformers
+    except ImportError:
+        raise UserError(
+            "an export is verified with the package transformers; run: uv sync --extra hf"
+        ) from None
+    return transformers
 
 
 @torch.inference_mode()
@@ -73,12 +77,10 @@ def _ids_of(conversation: dict, tokenizer: RustBPETokenizer) -> list[int]:
 
 
 def _compare_tokenizers(directory: Path, tokenizer: RustBPETokenizer) -> None:
-    from transformers import AutoTokenizer
-
     differing = first_difference(tokenizer, HuggingFaceTokenizer.from_directory(directory), PROBES)
     if differing is not None:
         raise UserError(f"the exported tokenizer encodes {differing!r} differently")
-    theirs: Any = AutoTokenizer.from_pretrained(directory)
+    theirs = transformers_package().AutoTokenizer.from_pretrained(directory)
     for name in SPECIAL_TOKENS:
         if theirs.convert_tokens_to_ids(name) != tokenizer.encode_special(name):
             raise UserError(f"the exported tokenizer has another id for {name}")
