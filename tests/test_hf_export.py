@@ -43,8 +43,18 @@ def greedy(loaded, prompt: torch.Tensor, count: int, **options) -> list[list[int
     return loaded.generate(prompt, max_new_tokens=count, **options)[:, prompt.size(1) :].tolist()
 
 
-@pytest.mark.parametrize("weights", ["random", "trained"])
-@pytest.mark.parametrize("name", [*CLASSIC, *MODERN])
+CASES = [
+    pytest.param(
+        name,
+        weights,
+        marks=() if weights == "random" or name in ("grouped", "all features") else pytest.mark.slow,
+    )
+    for name in (*CLASSIC, *MODERN)
+    for weights in ("random", "trained")
+]
+
+
+@pytest.mark.parametrize(("name", "weights"), CASES)
 def test_same_logits_and_the_same_two_hundred_tokens(exported, name, weights):
     model, folder = exported(name, weights)
     loaded = load(folder, model)
@@ -58,7 +68,7 @@ def test_same_logits_and_the_same_two_hundred_tokens(exported, name, weights):
 
 @pytest.mark.parametrize("name", [*CLASSIC, *MODERN])
 def test_the_way_there_and_back_changes_no_bit(exported, name):
-    model, folder = exported(name, "trained")
+    model, folder = exported(name)
     back = hf_import.read_folder(folder)
     assert back.config == model.config
     rows = VOCAB_SIZE

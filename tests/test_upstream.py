@@ -89,6 +89,7 @@ def test_tables_without_padding_and_scalars_that_were_patched_in():
     [
         ("R2", {"bigram_lambdas": torch.zeros(3)}, "bigram experiment"),
         ("R2", {"transformer.h.0.attn.ve_gate.weight": torch.zeros(2, 7)}, "do not belong together"),
+        ("R2", {"transformer.h.0.attn.ve_gate.weight": torch.tensor(0.0)}, "do not belong together"),
         ("classic", {"value_embeds.0.weight": torch.zeros(64, 32)}, "do not belong together"),
         ("modern", {"lm_head.weight": torch.zeros(64, 32)}, r"\(64, 32\), its metadata says \(64, 64\)"),
         ("modern", {"transformer.h.3.mlp.c_fc.weight": torch.zeros(1)}, "no known revision had"),

@@ -95,16 +95,16 @@ def _recognise(
         raise UserError(
             "this checkpoint is of the bigram experiment of Jan 25 to 28 2026, which is not supported"
         )
-    gates = {tensor.size(-1) for name, tensor in tensors.items() if name.endswith("ve_gate.weight")}
+    gates = {
+        tensor.size(-1) if tensor.dim() else 0
+        for name, tensor in tensors.items()
+        if name.endswith("ve_gate.weight")
+    }
     has_values = any(name.startswith("value_embeds.") for name in tensors)
     if has_values != bool(gates) or len(gates) > 1:
         raise UserError("value embeddings and their gates do not belong together; no revision wrote this")
     if "resid_lambdas" not in tensors:
-        classic = GPTConfig.classic(**sizes)
-        names = ("use_lambdas", "use_value_embeds", "use_smear", "use_backout", "qk_scale", "rope_base")
-        revision, settings = "classic", {name: getattr(classic, name) for name in names}
-        # the other constants are those of a classic configuration, windows apart
-        settings |= {"rope_dtype": "bfloat16", "short_window_divisor": 2, "short_window_multiple": 1}
+        revision, settings = "classic", _BEFORE_MARCH | {"use_lambdas": False, "use_value_embeds": False}
     elif not has_values:
         revision, settings = "lambdas", _BEFORE_MARCH | {"use_value_embeds": False}
     elif gates == {32}:
