@@ -12,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from nanochat.common import UserError, compute_dtype, get_base_dir, print0, read_json, whole_file, write_json
+from nanochat.config_versions import read_config, stored_config
 from nanochat.gpt import GPT, GPTConfig
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def save_checkpoint(
     complete = {
         "format": FORMAT_VERSION,
         "step": step,
-        "model_config": asdict(model.config),
+        "model_config": stored_config(model.config),
         **meta,
         "files": files,
     }
@@ -131,10 +132,15 @@ def list_steps(directory: Path) -> list[int]:
 
 def check_files(directory: Path, step: int) -> str | None:
     """None if a checkpoint's files are as they were written, else what is wrong with them."""
+    meta = directory / f"meta_{step:06d}.json"
     try:
-        files = read_json(directory / f"meta_{step:06d}.json")["files"]
-    except (UserError, KeyError) as error:
+        files = read_json(meta).get("files")
+    except UserError as error:
         return str(error)
+    if files is None:
+        return (
+            f"{meta} is not ours; if upstream wrote it: python -m scripts.import_upstream --path={directory}"
+        )
     for name, expected in files.items():
         path = directory / name
         if not path.exists():
@@ -219,11 +225,10 @@ class Checkpoint:
         return cls(directory, step, read_json(directory / f"meta_{step:06d}.json"))
 
     def config(self) -> GPTConfig:
-        known = {field.name for field in fields(GPTConfig)}
-        stored = self.meta["model_config"]
-        if unknown := set(stored) - known:
-            raise UserError(f"{self.directory} is from a newer nanochat: unknown settings {sorted(unknown)}")
-        return GPTConfig(**stored)
+        try:
+            return read_config(self.meta["model_config"])
+        except UserError as error:
+            raise UserError(f"{self.directory} step {self.step}: {error}") from None
 
     def model_state(self, device: torch.device | str) -> dict[str, torch.Tensor]:
         return self._load(f"model_{self.step:06d}.pt", device)

@@ -26,7 +26,7 @@ class HuggingFaceModel:
         try:
             from transformers import AutoModelForCausalLM
         except ImportError:
-            raise UserError("--hf-path needs the package transformers; run: uv sync --group dev") from None
+            raise UserError("--hf-path needs the package transformers; run: uv sync --extra hf") from None
         try:
             model = cast(torch.nn.Module, AutoModelForCausalLM.from_pretrained(path))
         except (OSError, ValueError) as error:

@@ -35,7 +35,7 @@ if [ "${SKIP_SETUP:-0}" != "1" ]; then
         exit 2
     fi
 
-    "$uv_command" sync
+    "$uv_command" sync --inexact # leaves extras that were installed on purpose
 fi
 
 environment="${UV_PROJECT_ENVIRONMENT:-.venv}"

@@ -1,0 +1,208 @@
+"""A classic model as one GGUF file for a llama.cpp build that has the architecture `nanochat`.
+
+Such builds are forks so far. They expect: the tensor names below, matrices as we store them, norms as tensors of
+ones, RoPE in halves with a negative angle, QK norm, ReLU^2, and the softcap from the metadata. Everything is
+read back and compared before the file appears.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanochat.common import UserError, print0
+from nanochat.gpt import GPT, NORM_EPS, GPTConfig
+from nanochat.interop.hf_config import is_classic
+from nanochat.interop.hf_tokenizer import BOS, END_OF_ANSWER, chat_template, tokenizer_json
+from nanochat.interop.samples import PARAGRAPHS
+from nanochat.tokenizer import RustBPETokenizer
+
+ARCHITECTURE = "nanochat"
+TYPES = ("f32", "f16", "q8_0", "q4_0")
+BLOCK = 32  # weights that share a scale in q8_0 and q4_0
+_FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7}  # llama.cpp's numbers for "mostly this type"
+_NORMAL, _CONTROL = 1, 3  # kinds of tokens
+_NAMES = {
+    "attn.c_q": "attn_q", "attn.c_k": "attn_k", "attn.c_v": "attn_v", "attn.c_proj": "attn_output",
+    "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
+}  # fmt: skip
+_TABLES = {"transformer.wte.weight": "token_embd.weight", "lm_head.weight": "output.weight"}
+
+
+def export_gguf(model: GPT, tokenizer: RustBPETokenizer, path: Path, kind: str) -> None:
+    """Write a model (fp32, on the CPU) with its tokenizer; kind is one of TYPES.
+
+    Raises UserError if the network is not classic, its width does not divide into blocks, or the file that was
+    written does not hold the model.
+    """
+    config = model.config
+    if not is_classic(config):
+        raise UserError("only classic models have a GGUF form; llama.cpp has no graph for the modern network")
+    if kind in ("q8_0", "q4_0") and config.n_embd % BLOCK:
+        raise UserError(f"{kind} needs a width divisible by {BLOCK}; this model has {config.n_embd}")
+    path = path.resolve()
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name the file to make")
+    part = path.with_name(f"{path.name}.unfinished")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        _write(part, model, tokenizer, kind)
+        _verify(part, model, tokenizer, kind)
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def gguf_name(name: str) -> str:
+    """What a tensor of our state dict is called in the file."""
+    if name in _TABLES:
+        return _TABLES[name]
+    layer = re.fullmatch(r"transformer\.h\.(\d+)\.(.+)\.weight", name)
+    if layer is None or layer[2] not in _NAMES:
+        raise UserError(f"{name} has no counterpart in GGUF")
+    return f"blk.{layer[1]}.{_NAMES[layer[2]]}.weight"
+
+
+# --- writing -----------------------------------------------------------------------------------------
+
+
+def _write(path: Path, model: GPT, tokenizer: RustBPETokenizer, kind: str) -> None:
+    gguf = _library()
+    writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    _add_settings(writer, model.config, kind)
+    _add_tokenizer(writer, tokenizer)
+    for name, tensor in model.state_dict().items():
+        rows = tensor[: model.config.vocab_size] if name in _TABLES else tensor
+        data = rows.float().numpy()
+        # the tables decide most about quality and are read one row at a time: 8 bits in the 4-bit form as well
+        stored = "q8_0" if kind == "q4_0" and name in _TABLES else kind
+        quantized = getattr(gguf.GGMLQuantizationType, stored.upper())
+        writer.add_tensor(gguf_name(name), gguf.quants.quantize(data, quantized), raw_dtype=quantized)
+    for name, width in _norms(model.config):
+        writer.add_tensor(name, np.ones(width, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _norms(config: GPTConfig) -> list[tuple[str, int]]:
+    """Norms have no parameters here; the builds multiply by these ones."""
+    width, head = config.n_embd, config.head_dim
+    layers = [("attn_norm", width), ("attn_q_norm", head), ("attn_k_norm", head), ("ffn_norm", width)]
+    names = [(f"blk.{i}.{name}.weight", size) for i in range(config.n_layer) for name, size in layers]
+    return [("token_embd_norm.weight", width), *names, ("output_norm.weight", width)]
+
+
+def _add_settings(writer: Any, config: GPTConfig, kind: str) -> None:
+    writer.add_context_length(config.sequence_len)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_feed_forward_length(4 * config.n_embd)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.n_kv_head)
+    writer.add_layer_norm_rms_eps(NORM_EPS)
+    writer.add_rope_freq_base(config.rope_base)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_final_logit_softcapping(config.logit_softcap)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_file_type(_FILE_TYPES[kind])
+
+
+def _add_tokenizer(writer: Any, tokenizer: RustBPETokenizer) -> None:
+    content = tokenizer_json(tokenizer.vocabulary)
+    names = {token: name for name, token in content["model"]["vocab"].items()}
+    special = {entry["id"]: entry["content"] for entry in content["added_tokens"]}
+    ids = range(tokenizer.get_vocab_size())
+    if missing := [token for token in ids if token not in names and token not in special]:
+        raise UserError(f"the vocabulary has no token {missing[0]}; GGUF numbers tokens without gaps")
+    writer.add_tokenizer_model("gpt2")  # byte-level BPE
+    writer.add_tokenizer_pre(ARCHITECTURE)  # names our split pattern, which no other model uses
+    writer.add_token_list([special.get(token) or names[token] for token in ids])
+    writer.add_token_types([_CONTROL if token in special else _NORMAL for token in ids])
+    writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
+    writer.add_bos_token_id(tokenizer.encode_special(BOS))
+    writer.add_eos_token_id(tokenizer.encode_special(END_OF_ANSWER))
+    writer.add_add_bos_token(True)
+    # the tags that mark an answer for finetuning are transformers' own
+    writer.add_chat_template(re.sub(r"\{%-? (end)?generation -?%\}", "", chat_template()))
+
+
+def _library() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("GGUF needs the package gguf; run: uv sync --extra gguf") from None
+    return gguf
+
+
+# --- checking ----------------------------------------------------------------------------------------
+
+
+def read_gguf(path: Path) -> tuple[GPTConfig, dict[str, torch.Tensor], dict[str, Any]]:
+    """(configuration, fp32 tensors under our names, all metadata) of a file that export_gguf wrote."""
+    gguf = _library()
+    reader = gguf.GGUFReader(path)
+    meta = {name: field.contents() for name, field in reader.fields.items()}
+
+    def setting(name: str) -> Any:
+        return meta[f"{ARCHITECTURE}.{name}"]
+
+    config = GPTConfig.classic(
+        sequence_len=setting("context_length"), vocab_size=setting("vocab_size"), n_layer=setting("block_count"),
+        n_head=setting("attention.head_count"), n_kv_head=setting("attention.head_count_kv"),
+        n_embd=setting("embedding_length"), rope_base=setting("rope.freq_base"),
+        logit_softcap=setting("final_logit_softcapping"),
+    )  # fmt: skip
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    state = {}
+    for name, shape in expected.items():
+        tensor = found[gguf_name(name)]
+        rows = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
+        padding = shape[0] - rows.size(0)
+        state[name] = torch.cat([rows, rows.new_zeros(padding, shape[1])]) if padding else rows
+    return config, state, meta
+
+
+@torch.inference_mode()
+def _verify(path: Path, model: GPT, tokenizer: RustBPETokenizer, kind: str) -> None:
+    """Compute with what the file holds. Raises UserError if an unquantized file is not exactly the model."""
+    config, state, _ = read_gguf(path)
+    names = (
+        "sequence_len",
+        "vocab_size",
+        "n_layer",
+        "n_head",
+        "n_kv_head",
+        "n_embd",
+        "rope_base",
+        "logit_softcap",
+    )
+    if wrong := [name for name in names if getattr(config, name) != getattr(model.config, name)]:
+        raise UserError(f"the file has another {', '.join(wrong)} than the model")
+    again, texts = GPT.build(config, "cpu", torch.float32), _texts(model, tokenizer)
+    again.load_state_dict(state)
+    if kind == "f32" and not all(torch.equal(again(ids), model(ids)) for ids in texts):
+        raise UserError("the file's weights are not the model's")
+    before, after = (mean_loss(network, texts) for network in (model, again))
+    print0(f"verified: loss on sample texts {before:.4f} before, {after:.4f} as {kind}")
+
+
+def _texts(model: GPT, tokenizer: RustBPETokenizer) -> list[torch.Tensor]:
+    rows = (tokenizer.encode(text, prepend=BOS) for text in PARAGRAPHS)
+    return [torch.tensor([row[: model.config.sequence_len]]) for row in rows]
+
+
+def mean_loss(model: GPT, rows: list[torch.Tensor]) -> float:
+    """Mean loss in nats per token of some rows (1, T)."""
+    losses = [model(row[:, :-1], row[:, 1:], loss_reduction="none") for row in rows]
+    return torch.cat(losses).mean().item()

@@ -1,0 +1,142 @@
+"""A checkpoint as a Hugging Face folder, which appears only after it was loaded and compared with the original."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat.common import UserError, print0, whole_file, write_json
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.interop import hf_config
+from nanochat.interop.hf_tokenizer import BOS, END_OF_ANSWER, write_tokenizer
+from nanochat.interop.verification import transformers_package, verify
+from nanochat.tokenizer import RustBPETokenizer
+
+SHARD_BYTES = 5_000_000_000
+CHAT_SAMPLING = {"do_sample": True, "temperature": 0.6, "top_k": 50}  # as in scripts.chat_cli
+
+
+def export_folder(
+    model: GPT,
+    tokenizer: RustBPETokenizer,
+    directory: Path,
+    card: str,
+    *,
+    is_chat: bool,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write model (fp32, on the CPU), tokenizer and card into a new folder, and verify what was written.
+
+    Raises UserError, leaving nothing behind, if the folder exists, something has no counterpart in
+    transformers, or the folder computes something else than the model.
+    """
+    transformers_package()  # before gigabytes are written that could not be verified
+    directory = directory.resolve()
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise UserError(f"{directory} is not an empty folder; an export makes a new one")
+    part = directory.with_name(f"{directory.name}.unfinished")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        _write(model, tokenizer, part, card, is_chat, shard_bytes)
+        verify(part, model, tokenizer)
+        if directory.exists():
+            directory.rmdir()
+        os.replace(part, directory)
+    except OSError as error:
+        raise UserError(f"cannot write {directory}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def exportable_config(config: GPTConfig, unround_rope: bool) -> GPTConfig:
+    """The configuration to export. Raises UserError if a classic one asks for what transformers lacks."""
+    unrounded = hf_config.without_rounded_rope(config)
+    if hf_config.is_classic(config) or not hf_config.is_classic(unrounded):
+        return config
+    if not unround_rope:
+        raise UserError(
+            "this checkpoint rounds its rotary tables to bfloat16, transformers' NanoChat does not, and logits in"
+            " fp32 would differ in the third decimal; --unround-rope exports it with tables in the model's dtype"
+        )
+    return unrounded
+
+
+def with_config(model: GPT, config: GPTConfig) -> GPT:
+    """The model under a configuration that differs in its rotary tables only; weights are shared."""
+    assert replace(model.config, rope_dtype=config.rope_dtype) == config
+    model.config = config
+    model.init_rotary()
+    return model
+
+
+def _write(
+    model: GPT, tokenizer: RustBPETokenizer, part: Path, card: str, is_chat: bool, shard_bytes: int
+) -> None:
+    config = model.config
+    state = hf_config.to_hf_state(model.state_dict(), config)
+    write_shards(state, part, shard_bytes)
+    bos, end = tokenizer.encode_special(BOS), tokenizer.encode_special(END_OF_ANSWER)
+    content = hf_config.to_hf_config(config)
+    # no padding id: as an embedding's padding_idx it would keep that token from being finetuned
+    tokens = {"bos_token_id": bos, "eos_token_id": [end, bos], "pad_token_id": None}
+    write_json(part / "config.json", content | tokens)
+    generation = tokens | {"pad_token_id": bos} | (CHAT_SAMPLING if is_chat else {})
+    write_json(part / "generation_config.json", generation)
+    write_tokenizer(tokenizer, part, config.sequence_len)
+    if not hf_config.is_classic(config):
+        source = Path(__file__).with_name(f"{hf_config.REMOTE_MODULE}.py")
+        shutil.copyfile(source, part / source.name)
+    with whole_file(part / "README.md", "w") as file:
+        file.write(card)
+
+
+def write_shards(state: dict[str, torch.Tensor], directory: Path, shard_bytes: int) -> None:
+    """Write tensors as safetensors: one file, or several of at most shard_bytes and an index of them."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise UserError("the export needs the package safetensors; run: uv sync --extra hf") from None
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    for name, tensor in state.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    metadata = {"format": "pt"}  # transformers refuses files without it
+    if len(shards) == 1:
+        save_file(shards[0], directory / "model.safetensors", metadata)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, directory / file_name, metadata)
+        weight_map |= dict.fromkeys(shard, file_name)
+    total = sum(tensor.nbytes for tensor in state.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(directory / "model.safetensors.index.json", index)
+
+
+def push(directory: Path, repo: str, private: bool) -> str:
+    """Upload a folder to the hub with the user's token; returns its address. Raises UserError if refused."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    api: Any = HfApi()
+    try:
+        created = api.create_repo(repo, private=private, exist_ok=True)
+        print0(f"uploading {directory} to {created}")
+        api.upload_folder(
+            repo_id=created.repo_id, folder_path=directory, commit_message="Upload from nanochat"
+        )
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot push to {repo}: {reason} (set HF_TOKEN or run: hf auth login)") from None
+    return str(created)

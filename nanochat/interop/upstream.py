@@ -1,0 +1,167 @@
+"""What earlier nanochat implementations computed, told from the names and shapes in their checkpoints.
+
+Upstream's network changed several times while its checkpoints record only sizes, so the constants are inferred:
+
+revision          since         told by                        constants
+classic           Oct 13 2025   no residual scalars            RoPE base 10,000, rounded to bf16; every layer sees all
+lambdas           Jan 11 2026   residual scalars alone         the same; windows where recorded
+R2                Jan 16 2026   gates of 32 inputs             gate x2, short window = half the context
+R2.5              Mar  9 2026   gates of 12 inputs             RoPE base 100,000, q and k x1.15, gate x3, a third
+modern            Mar 14 2026   smear                          q and k x1.2, a quarter of the context
+
+A softcap of 20 instead of 15 (Mar 2 to 9 2026) leaves no trace: whoever knows says so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from nanochat.common import UserError
+from nanochat.gpt import GPTConfig
+from nanochat.interop.hf_config import expected_shapes
+
+_SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+_SCALARS = ("resid_lambdas", "x0_lambdas")
+_BEFORE_MARCH: dict[str, Any] = {
+    "rope_base": 10_000.0, "rope_dtype": "bfloat16", "qk_scale": 1.0, "use_smear": False, "use_backout": False,
+    "short_window_divisor": 2, "short_window_multiple": 1, "ve_gate_channels": 32, "ve_gate_scale": 2.0,
+}  # fmt: skip
+_TABLE = re.compile(r"transformer\.wte\.weight|lm_head\.weight|value_embeds\.\d+\.weight")
+
+
+@dataclass(frozen=True)
+class Migration:
+    """An upstream network in our terms, and what had to be assumed about it, one sentence each."""
+
+    revision: str
+    config: GPTConfig
+    state: dict[str, torch.Tensor]
+    assumptions: tuple[str, ...]
+
+
+def migrate(
+    state: Mapping[str, torch.Tensor], model_config: Mapping[str, Any], softcap: float | None = None
+) -> Migration:
+    """Recognise the revision that wrote a checkpoint, and name and complete its parts as ours.
+
+    state, model_config: the contents of model_*.pt and of meta_*.json under "model_config". The tensors become
+    fp32. Raises UserError for what is no upstream checkpoint, or one of an experiment that is not supported.
+    """
+    notes: list[str] = []
+    tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
+    if len(tensors) != len(state):
+        raise UserError("the checkpoint holds tensors twice, with and without the prefix _orig_mod.")
+    sizes, pattern = _sizes(model_config)
+    revision, settings = _recognise(tensors, sizes, pattern, notes)
+    cap = 15.0 if softcap is None else softcap
+    if softcap is None:
+        notes.append("logit softcap 15; only models trained Mar 2 to 9 2026 had 20 (--softcap=20)")
+    try:
+        config = GPTConfig(**{**sizes, **settings, "logit_softcap": cap})
+    except TypeError as error:
+        raise UserError(f"the recorded configuration is wrong: {error}") from None
+    if revision != "classic" and "x0_lambdas" not in tensors:
+        tensors["x0_lambdas"] = torch.zeros(config.n_layer)
+        notes.append("x0_lambdas are missing and taken as 0, which is the network without them")
+    return Migration(revision, config, _fitted(tensors, config, notes), tuple(notes))
+
+
+def _sizes(model_config: Mapping[str, Any]) -> tuple[dict[str, int], str | None]:
+    unknown = set(model_config) - {*_SIZES, "window_pattern"}
+    missing = [name for name in _SIZES if name not in model_config]
+    if unknown or missing:
+        what = f"unknown settings {sorted(unknown)}" if unknown else f"no {', '.join(missing)}"
+        raise UserError(f"the metadata is not upstream nanochat's: {what}")
+    sizes = {name: model_config[name] for name in _SIZES}
+    pattern = model_config.get("window_pattern")
+    limit = 1 << 20  # beyond any model; keeps a hostile file from making us allocate
+    if not all(type(size) is int and 0 < size < limit for size in sizes.values()):
+        raise UserError(f"the metadata holds impossible sizes: {sizes}")
+    if pattern is not None and not isinstance(pattern, str):
+        raise UserError(f"the metadata holds an impossible window pattern: {pattern!r}")
+    return sizes, pattern
+
+
+def _recognise(
+    tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, int], pattern: str | None, notes: list[str]
+) -> tuple[str, dict[str, Any]]:
+    """The revision's name and the fields of GPTConfig that it fixes."""
+    if any(name.startswith("bigram_") for name in tensors):
+        raise UserError(
+            "this checkpoint is of the bigram experiment of Jan 25 to 28 2026, which is not supported"
+        )
+    gates = {
+        tensor.size(-1) if tensor.dim() else 0
+        for name, tensor in tensors.items()
+        if name.endswith("ve_gate.weight")
+    }
+    has_values = any(name.startswith("value_embeds.") for name in tensors)
+    if has_values != bool(gates) or len(gates) > 1:
+        raise UserError("value embeddings and their gates do not belong together; no revision wrote this")
+    if "resid_lambdas" not in tensors:
+        revision, settings = "classic", _BEFORE_MARCH | {"use_lambdas": False, "use_value_embeds": False}
+    elif not has_values:
+        revision, settings = "lambdas", _BEFORE_MARCH | {"use_value_embeds": False}
+    elif gates == {32}:
+        revision, settings = "R2", dict(_BEFORE_MARCH)
+    elif gates == {12} and "smear_gate.weight" not in tensors:
+        settings = {"qk_scale": 1.15, "use_smear": False, "use_backout": False, "short_window_divisor": 3}
+        revision = "R2.5"
+    elif gates == {12}:
+        revision, settings = "modern", {}
+    else:
+        raise UserError(f"gates of {sorted(gates)} inputs; no revision had them")
+    if pattern is None:
+        pattern = "L"
+        if revision != "classic":
+            notes.append('no window pattern is recorded: every layer sees everything ("L")')
+    if settings.get("short_window_divisor") == 2 and "S" in pattern.upper() and sizes["sequence_len"] % 2:
+        raise UserError(f"half of a context of {sizes['sequence_len']} is not a window")
+    notes.insert(0, _constants(revision, replace(GPTConfig(), **settings)))
+    return revision, {**settings, "window_pattern": pattern}
+
+
+def _constants(revision: str, config: GPTConfig) -> str:
+    rounding = "rounded to bfloat16" if config.rope_dtype == "bfloat16" else "in the compute dtype"
+    parts = [f"RoPE base {config.rope_base:,.0f}, tables {rounding}"]
+    parts.append(f"q and k scaled by {config.qk_scale:g}")
+    if config.use_value_embeds:
+        parts.append(f"value gates of {config.ve_gate_channels} inputs times {config.ve_gate_scale:g}")
+    if revision != "classic":
+        parts.append(f"short window = context / {config.short_window_divisor}")
+    return f"revision {revision}: {'; '.join(parts)}"
+
+
+def _fitted(
+    tensors: Mapping[str, torch.Tensor], config: GPTConfig, notes: list[str]
+) -> dict[str, torch.Tensor]:
+    """The tensors in fp32 with the vocabulary padded to our size. Raises UserError unless all fit exactly."""
+    expected = expected_shapes(config, len(tensors))
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise UserError(f"the checkpoint lacks {', '.join(missing[:3])} ({len(missing)} tensors)")
+    if extra := sorted(tensors.keys() - expected.keys()):
+        raise UserError(
+            f"the checkpoint holds {', '.join(extra[:3])}, which no known revision had ({len(extra)} tensors)"
+        )
+    fitted, padded = {}, False
+    for name, shape in expected.items():
+        tensor = tensors[name]
+        if not tensor.is_floating_point():
+            raise UserError(f"{name} is {tensor.dtype}; weights are floating point numbers")
+        tensor = tensor.float()
+        if _TABLE.fullmatch(name) and tensor.dim() == 2 and tensor.size(0) == config.vocab_size < shape[0]:
+            tensor = torch.cat([tensor, tensor.new_zeros(shape[0] - tensor.size(0), tensor.size(1))])
+            padded = True
+        if tensor.shape != shape:
+            raise UserError(f"{name} is {tuple(tensor.shape)}, its metadata says {tuple(shape)}")
+        fitted[name] = tensor
+    if padded:
+        notes.append(
+            f"vocabulary tables padded with zeros from {config.vocab_size:,} to {config.padded_vocab_size:,} rows"
+        )
+    return fitted
