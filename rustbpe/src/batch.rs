@@ -40,7 +40,6 @@ impl Id for u32 {
 }
 
 /// Ids of consecutive texts.
-#[derive(Default)]
 pub struct Run<I> {
     /// Ids of all texts, one after the other.
     pub ids: Vec<I>,
