@@ -14,7 +14,7 @@ from nanochat.common import UserError, read_json, whole_file, write_json
 from nanochat.interop.samples import PROBES
 from nanochat.tokenizer import RustBPETokenizer, Vocabulary
 from nanochat.tokenizer_base import SPECIAL_TOKENS
-from nanochat.tokenizer_hf import HuggingFaceTokenizer, _byte_of_char
+from nanochat.tokenizer_hf import HuggingFaceTokenizer, byte_level_alphabet
 
 BOS, END_OF_ANSWER = "<|bos|>", "<|assistant_end|>"
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
@@ -53,7 +53,7 @@ def chat_template() -> str:
 
 def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
     """The content of tokenizer.json: ids, merges in the order of their ranks, split pattern, special tokens."""
-    char_of = {byte: char for char, byte in _byte_of_char().items()}
+    char_of = byte_level_alphabet()
 
     def name(token: bytes) -> str:
         return "".join(char_of[byte] for byte in token)
@@ -131,7 +131,7 @@ def _vocabulary(content: dict[str, Any]) -> Vocabulary:
     if content.get("normalizer") is not None or steps[1].get("use_regex", True):
         raise ValueError("it must not normalize or split a second time")
     special = {token["content"]: token["id"] for token in content["added_tokens"]}
-    byte_of = _byte_of_char()
+    byte_of = {char: byte for byte, char in enumerate(byte_level_alphabet())}
     ranks = {
         bytes(byte_of[char] for char in name): rank
         for name, rank in model["vocab"].items()
