@@ -21,6 +21,9 @@ CLASSIC_TYPE, MODERN_TYPE = "nanochat", "nanochat_modern"
 OWN_SETTINGS = "nanochat_config"  # our configuration as it is, beside its translation
 REMOTE_MODULE = "modeling_nanochat_modern"
 
+SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+SIZE_LIMIT = 1 << 20  # beyond any model; a hostile file must not make us allocate or count to a billion
+
 _LAYER_NAMES = {
     "attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj", "attn.c_v": "self_attn.v_proj",
     "attn.c_proj": "self_attn.o_proj", "attn.ve_gate": "self_attn.ve_gate",
@@ -93,6 +96,9 @@ def from_hf_config(content: Mapping[str, Any]) -> GPTConfig:
         config = _classic_from_hf(content)
     else:
         raise UserError(f"config.json lacks {OWN_SETTINGS}, which every export of a modern model holds")
+    sizes = [getattr(config, name) for name in SIZES]
+    if not all(type(size) is int and 0 < size < SIZE_LIMIT for size in sizes):
+        raise UserError("config.json holds impossible sizes")
     # Somebody may have edited either half; what transformers computes and what we would compute must agree.
     wanted = to_hf_config(config)
     names = [name for name in wanted if name not in ("dtype", "architectures", "auto_map", OWN_SETTINGS)]

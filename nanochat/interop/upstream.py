@@ -23,9 +23,8 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.gpt import GPTConfig
-from nanochat.interop.hf_config import expected_shapes
+from nanochat.interop.hf_config import SIZE_LIMIT, SIZES, expected_shapes
 
-_SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 _SCALARS = ("resid_lambdas", "x0_lambdas")
 _BEFORE_MARCH: dict[str, Any] = {
     "rope_base": 10_000.0, "rope_dtype": "bfloat16", "qk_scale": 1.0, "use_smear": False, "use_backout": False,
@@ -72,15 +71,14 @@ def migrate(
 
 
 def _sizes(model_config: Mapping[str, Any]) -> tuple[dict[str, int], str | None]:
-    unknown = set(model_config) - {*_SIZES, "window_pattern"}
-    missing = [name for name in _SIZES if name not in model_config]
+    unknown = set(model_config) - {*SIZES, "window_pattern"}
+    missing = [name for name in SIZES if name not in model_config]
     if unknown or missing:
         what = f"unknown settings {sorted(unknown)}" if unknown else f"no {', '.join(missing)}"
         raise UserError(f"the metadata is not upstream nanochat's: {what}")
-    sizes = {name: model_config[name] for name in _SIZES}
+    sizes = {name: model_config[name] for name in SIZES}
     pattern = model_config.get("window_pattern")
-    limit = 1 << 20  # beyond any model; keeps a hostile file from making us allocate
-    if not all(type(size) is int and 0 < size < limit for size in sizes.values()):
+    if not all(type(size) is int and 0 < size < SIZE_LIMIT for size in sizes.values()):
         raise UserError(f"the metadata holds impossible sizes: {sizes}")
     if pattern is not None and not isinstance(pattern, str):
         raise UserError(f"the metadata holds an impossible window pattern: {pattern!r}")
