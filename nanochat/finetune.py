@@ -103,7 +103,8 @@ def finetune(
         schedule = make_schedule(cfg, num_steps)
         print0(f"{len(train_task):,} conversations, {num_steps:,} steps; {schedule.describe()}")
         lr_scale = (total / REFERENCE_BATCH) ** 0.5
-        optimizer = make_optimizer(cfg, model, source, world, lr_scale)
+        rates = inherit_rates(cfg, source)
+        optimizer = make_optimizer(cfg, model, source, world, rates, lr_scale)
 
         found = (validation(cfg, model, tokenizer, val_task, sizes, world, mask),)
         if more_evaluations is not None:
@@ -126,6 +127,7 @@ def finetune(
                 "device_batch_size": rows,
                 "max_seq_len": length,
                 "lr_scale": lr_scale,
+                "rates": rates,
                 "source": {"stage": cfg.source, "step": source.step},
             },
         )
@@ -183,19 +185,35 @@ def make_schedule(cfg: FinetuneConfig, num_steps: int) -> Schedule:
     )
 
 
+def inherit_rates(cfg: FinetuneConfig, source: Checkpoint) -> dict[str, float]:
+    """Peak learning rates before scaling: from the flags, else those that the source was trained with."""
+    stored = {**source.meta["user_config"], **source.meta.get("rates", {})}
+    fallbacks = {
+        "embedding_lr": 0.3, "unembedding_lr": 0.004, "matrix_lr": 0.02, "scalar_lr": 0.5, "smear_lr": 0.2,
+    }  # fmt: skip
+    found = {}
+    for name, fallback in fallbacks.items():
+        given = getattr(cfg, name, None)
+        inherited = stored.get(name)
+        found[name] = given if given is not None else fallback if inherited is None else inherited
+    return found
+
+
 def make_optimizer(
-    cfg: FinetuneConfig, model: GPT, source: Checkpoint, world: World, lr_scale: float
+    cfg: FinetuneConfig,
+    model: GPT,
+    source: Checkpoint,
+    world: World,
+    rates: dict[str, float],
+    lr_scale: float,
 ) -> MuonAdamW:
-    """Learning rates from the flags or the source run, scaled to this batch; moments from the source."""
-    base = source.meta["user_config"]
-    rates = {}
-    for name, fallback in (("embedding_lr", 0.3), ("unembedding_lr", 0.004), ("matrix_lr", 0.02)):
-        given = getattr(cfg, name)
-        peak = base.get(name) if given is None else given
-        rates[name] = (fallback if peak is None else peak) * lr_scale * cfg.init_lr_frac
-        print0(f"{name}: {rates[name]:.2e}")
-    scalar_lr = base.get("scalar_lr", 0.5) * lr_scale * cfg.init_lr_frac
-    optimizer = model.setup_optimizer(world, scalar_lr=scalar_lr, weight_decay=cfg.weight_decay, **rates)
+    """Rates scaled to this batch, but for smear and backout, which no batch scales; moments from the source."""
+    scaled = {
+        name: rate * cfg.init_lr_frac * (1.0 if name == "smear_lr" else lr_scale)
+        for name, rate in rates.items()
+    }
+    print0(", ".join(f"{name} {rate:.2e}" for name, rate in scaled.items()))
+    optimizer = model.setup_optimizer(world, weight_decay=cfg.weight_decay, **scaled)
     if cfg.load_optimizer:
         state = source.optimizer_state()
         if state is None:

@@ -238,13 +238,13 @@ class GPT(nn.Module):
         return model
 
     @torch.no_grad()
-    def init_weights(self) -> None:
-        """Draw all parameters.
+    def init_weights(self, smear: float = 0.0) -> None:
+        """Draw all parameters. smear: initial strength of the previous token in each token's embedding.
 
         wte N(0, 0.8) (classic 1); lm_head N(0, 0.001); q, k, v uniform with std 1/sqrt(C); c_fc the same
         times 0.4 (classic 1); projections back into the residual stream 0; value embeddings as v;
         gates U(0, 0.02); resid_lambdas 1.15 to 1.05 and x0_lambdas 0.20 to 0.05 over the depth;
-        smear_lambda 0; backout_lambda 0.2. The order of draws is part of the format: all ranks seed alike.
+        backout_lambda 0.2. The order of draws is part of the format: all ranks seed alike.
         """
         config, modern = self.config, self.config.use_lambdas
         bound = (3.0 / config.n_embd) ** 0.5
@@ -259,7 +259,7 @@ class GPT(nn.Module):
             nn.init.zeros_(block.mlp.c_proj.weight)
         if config.use_smear:
             nn.init.uniform_(self.smear_gate.weight, 0.0, 0.02)
-            nn.init.zeros_(self.smear_lambda)
+            nn.init.constant_(self.smear_lambda, smear)
         for table in self.value_embeds.values():
             nn.init.uniform_(table.get_parameter("weight"), -bound, bound)
         for block in self.blocks:
@@ -411,9 +411,13 @@ class GPT(nn.Module):
         embedding_lr: float = 0.3,
         matrix_lr: float = 0.02,
         scalar_lr: float = 0.5,
+        smear_lr: float = 0.2,
         weight_decay: float = 0.0,
     ) -> MuonAdamW:
-        """AdamW for tables and scalars, Muon for the blocks' matrices, one group per shape."""
+        """AdamW for tables and scalars, Muon for the blocks' matrices, one group per shape.
+
+        smear_lr: of the smear and of backout_lambda; upstream's constant, which no batch size scales.
+        """
         from nanochat.optim import MuonAdamW
 
         width_scale = (self.config.n_embd / 768) ** -0.5  # tables learn slower in wider models
@@ -437,7 +441,7 @@ class GPT(nn.Module):
         rest = [self.smear_gate.weight, self.smear_lambda] if self.config.use_smear else []
         rest += [self.backout_lambda] if self.config.use_backout else []
         if rest:
-            groups.append(adamw(rest, 0.2, (0.8, 0.95), 0.0))
+            groups.append(adamw(rest, smear_lr, (0.8, 0.95), 0.0))
         matrices = list(self.transformer["h"].parameters())
         for shape in sorted({tuple(p.shape) for p in matrices}):
             same = [p for p in matrices if tuple(p.shape) == shape]

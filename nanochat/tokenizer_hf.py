@@ -111,14 +111,15 @@ class HuggingFaceTokenizer(Tokenizer):
             raise ValueError(f"{token} is not a token")
         if token in self.tokenizer.get_added_tokens_decoder():
             return name.encode()
-        byte_of = _byte_of_char()
-        return bytes(byte_of[char] for char in name)
+        return bytes(map(byte_level_alphabet().index, name))
 
 
 @cache
-def _byte_of_char() -> dict[str, int]:
-    """What the characters of byte-level token names stand for: a printable byte for itself, U+0100 and up
-    for the other bytes in their order."""
+def byte_level_alphabet() -> str:
+    """The 256 characters with which byte-level token names spell the bytes 0 to 255.
+
+    A printable byte stands for itself, the others in their order for U+0100 and up.
+    """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    others = (chr(0x100 + index) for index in range(256))
+    return "".join(chr(byte) if byte in printable else next(others) for byte in range(256))

@@ -56,6 +56,12 @@ class Config:
     unembedding_lr: float = option(0.008, "learning rate of the head (AdamW)")
     matrix_lr: float = option(0.02, "learning rate of the matrices (Muon)")
     scalar_lr: float = option(0.5, "learning rate of the residual scalars (AdamW)")
+    smear_lr: float = option(
+        0.2, "learning rate of smear and backout, for any batch; small batches need less"
+    )
+    smear_init: float = option(
+        0.0, "strength of the previous token in each embedding at the start (modern only)"
+    )
     weight_decay: float = option(0.28, "weight decay of the matrices at depth 12")
     warmup_steps: int = option(40, "steps of rising learning rate, at most a tenth of the run")
     warmdown_ratio: float = option(0.65, "part of the run with falling learning rate")
@@ -94,7 +100,7 @@ def main(cfg: Config) -> None:
 
         model = build_model(cfg, tokenizer.get_vocab_size(), world.device, dtype)
         if resume_from is None:
-            model.init_weights()
+            model.init_weights(cfg.smear_init)
         else:
             model.load_state_dict(resume_from.model_state(world.device))
         announce_model(model)
@@ -113,6 +119,7 @@ def main(cfg: Config) -> None:
             embedding_lr=cfg.embedding_lr * scale,
             matrix_lr=cfg.matrix_lr * scale,
             scalar_lr=cfg.scalar_lr * scale,
+            smear_lr=cfg.smear_lr,
             weight_decay=schedule.weight_decay,
         )
         plan = TrainingPlan(

@@ -85,7 +85,9 @@ def main(cfg: Config) -> None:
             unembedding_lr=cfg.unembedding_lr * scale,
             embedding_lr=cfg.embedding_lr * scale,
             matrix_lr=cfg.matrix_lr * scale,
-            scalar_lr=0.5 * scale,
+            # Adam moves a scalar by its whole rate along the noise of a few answers; they stay as SFT left them.
+            scalar_lr=0.0,
+            smear_lr=0.0,
             weight_decay=cfg.weight_decay,
         )
         print0(f"{num_steps} steps of {cfg.examples_per_step} questions x {cfg.num_samples} answers")

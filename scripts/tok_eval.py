@@ -51,7 +51,8 @@ def main(cfg: Config) -> None:
     from nanochat.report import get_report
     from nanochat.tokenizer import get_tokenizer
 
-    tokenizers = {"ours": get_tokenizer(), **load_baselines()}
+    baselines, reasons = load_baselines()
+    tokenizers = {"ours": get_tokenizer(), **baselines}
     texts = {**SAMPLES, **data_texts()}
     print("vocabulary: " + "   ".join(f"{name} {t.get_vocab_size():,}" for name, t in tokenizers.items()))
     sizes = {name: measure(tokenizer, texts) for name, tokenizer in tokenizers.items()}
@@ -64,12 +65,17 @@ def main(cfg: Config) -> None:
     folder = get_base_dir() / "report" / "report_files"
     plot({"ours": ours, **sizes}, folder / "tokenizer.png")
     sections = [comparison_markdown(name, theirs, ours) for name, theirs in sizes.items()]
+    if reasons:
+        print(missing_note(reasons))
+        sections.append(f"{missing_note(reasons)}\n\n")
     picture = "![Bytes per token by kind of text](report_files/tokenizer.png)\n\n"
-    get_report().log(section="Tokenizer evaluation", data=[*(sections or [own_markdown(ours)]), picture])
+    get_report().log(
+        section="Tokenizer evaluation", data=[*sections, *([] if sizes else [own_markdown(ours)]), picture]
+    )
 
 
-def load_baselines() -> dict[str, RustBPETokenizer]:
-    """The tokenizers of GPT-2 and GPT-4, as far as tiktoken has them or gets them in time."""
+def load_baselines() -> tuple[dict[str, RustBPETokenizer], dict[str, str]]:
+    """The tokenizers of GPT-2 and GPT-4, as far as tiktoken has or gets them in time, and why others are not here."""
     from nanochat.tokenizer import RustBPETokenizer
 
     found: dict[str, RustBPETokenizer] = {}
@@ -86,10 +92,14 @@ def load_baselines() -> dict[str, RustBPETokenizer]:
         thread = threading.Thread(target=load, args=(name,), daemon=True)
         thread.start()
         thread.join(BASELINE_TIMEOUT_S)
-    missing = [f"{name} ({reasons.get(name, 'too slow')})" for name in BASELINES if name not in found]
-    if missing:
-        print(f"no comparison with {' and '.join(missing)}: tiktoken could not get the vocabulary")
-    return {name: found[name] for name in BASELINES if name in found}
+    loaded = {name: found[name] for name in BASELINES if name in found}
+    return loaded, {name: reasons.get(name, "too slow") for name in BASELINES if name not in loaded}
+
+
+def missing_note(reasons: Mapping[str, str]) -> str:
+    """Which baselines could not be had, and why."""
+    missing = " and ".join(f"{name} ({reason})" for name, reason in reasons.items())
+    return f"no comparison with {missing}: tiktoken could not get the vocabulary"
 
 
 def data_texts() -> dict[str, str]:

@@ -5,8 +5,10 @@ python -m scripts.tok_train --max-chars=2000000000 --vocab-size=32768
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ from nanochat.common import UserError, data_source, get_base_dir
 from nanochat.configurator import as_dict, option, run
 
 if TYPE_CHECKING:
+    from nanochat.metrics import StatusLine
     from nanochat.tokenizer import RustBPETokenizer
 
 # Lines, numbers of several lengths, contractions, marks, other scripts, an emoji of several code points.
@@ -41,9 +44,10 @@ def main(cfg: Config) -> None:
 
     texts = capped_texts(parquets_iter_batched("train"), cfg.doc_cap, cfg.max_chars)
     started = time.perf_counter()
-    tokenizer = RustBPETokenizer.train_from_iterator(texts, cfg.vocab_size)
-    train_s = time.perf_counter() - started
-    print(f"trained {tokenizer.get_vocab_size():,} tokens in {train_s:.2f} s", flush=True)
+    with progress() as status:
+        tokenizer = RustBPETokenizer.train_from_iterator(texts, cfg.vocab_size)
+        train_s = time.perf_counter() - started
+        status.note(f"trained {tokenizer.get_vocab_size():,} tokens in {train_s:.2f} s")
 
     check_round_trip(tokenizer)
     tokenizer.save(directory)
@@ -70,6 +74,32 @@ def capped_texts(batches: Iterable[list[str]], doc_cap: int, max_chars: int) -> 
             yield text
             if num_chars > max_chars:
                 return
+
+
+class _ProgressHandler(logging.Handler):
+    def __init__(self, status: StatusLine) -> None:
+        super().__init__()
+        self._status = status
+
+    def emit(self, record: logging.LogRecord) -> None:
+        show = self._status.note if record.levelno >= logging.WARNING else self._status.show
+        show(record.getMessage())
+
+
+@contextmanager
+def progress() -> Iterator[StatusLine]:
+    """Show what the crate logs while it reads and learns: a status line, and warnings that stay."""
+    from nanochat.metrics import StatusLine
+
+    status, logger = StatusLine(), logging.getLogger("rustbpe")
+    handler, level = _ProgressHandler(status), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield status
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def check_round_trip(tokenizer: RustBPETokenizer) -> None:

@@ -1,94 +1,26 @@
-"""The crate: merges against the definition, ids against tiktoken, arrays, streaming, errors."""
+"""The crate from Python: vectors, arrays, special tokens, streams, errors, Ctrl-C, memory; see test_rustbpe_exact."""
 
 from __future__ import annotations
 
 import logging
-import random
 import signal
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
 import pytest
-import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rustbpe
 from rustbpe import GPT4_PATTERN, NANOCHAT_PATTERN
+from tests.bpe_reference import WORDS, as_tiktoken, corpus, learned
 
 Ranks = list[tuple[bytes, int]]
-
-WORDS = [
-    "the",
-    "quick",
-    "Brown",
-    "fox",
-    "don't",
-    "WE'LL",
-    "12345",
-    "3.14",
-    "na\xefve",
-    "caf\xe9",
-    "\u65e5\u672c\u8a9e",
-    "\ud55c\uad6d\uc5b4",
-    "\u0e44\u0e17\u0e22",
-    "\U0001f642\U0001f469\u200d\U0001f680",
-    "\u3000",
-    "\xbd",
-    "\u2167",
-    "...",
-    "!?",
-    "\t\n\r\n",
-    "",
-    "\xa0",
-]
-
-
-def learned(texts: list[str], vocab_size: int, **options: int) -> tuple[rustbpe.Tokenizer, list[bytes]]:
-    tokenizer = rustbpe.Tokenizer()
-    tokenizer.train_from_iterator(iter(texts), vocab_size, pattern=NANOCHAT_PATTERN, **options)
-    return tokenizer, [token for token, _ in tokenizer.get_mergeable_ranks()[256:]]
-
-
-def slow_merges(words: Counter[bytes], num_merges: int) -> list[bytes]:
-    """Tokens learned by recounting every pair before every merge; ties go to the smallest pair."""
-    corpus = [(list(word), count) for word, count in words.items()]
-    spelled = {byte: bytes([byte]) for byte in range(256)}
-    for new in range(256, 256 + num_merges):
-        pairs: Counter[tuple[int, int]] = Counter()
-        for ids, count in corpus:
-            for pair in pairwise(ids):
-                pairs[pair] += count
-        if not pairs:
-            break
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        spelled[new] = spelled[best[0]] + spelled[best[1]]
-        corpus = [(replaced(ids, best, new), count) for ids, count in corpus]
-    return [spelled[token] for token in sorted(spelled)[256:]]
-
-
-def replaced(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    result, at = [], 0
-    while at < len(ids):
-        found = tuple(ids[at : at + 2]) == pair
-        result.append(new if found else ids[at])
-        at += 2 if found else 1
-    return result
-
-
-def as_tiktoken(tokenizer: rustbpe.Tokenizer, pattern: str = NANOCHAT_PATTERN) -> tiktoken.Encoding:
-    ranks = dict(tokenizer.get_mergeable_ranks())
-    return tiktoken.Encoding("test", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-
-
-def corpus(seed: int, num_texts: int = 300) -> list[str]:
-    draw = random.Random(seed)
-    return [" ".join(draw.choices(WORDS, k=draw.randrange(60))) for _ in range(num_texts)]
+needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
 @pytest.fixture(scope="module")
@@ -121,38 +53,6 @@ def test_vectors(text: str, vocab_size: int, tokens: str, encoded: str, ids: lis
     assert tokenizer.get_mergeable_ranks()[:256] == [(bytes([byte]), byte) for byte in range(256)]
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_ties_go_to_the_smallest_pair(seed: int) -> None:
-    draw = random.Random(seed)
-    alphabet = draw.choice(["ab", "abc", "abcdefgh", "a\xe9\u65e5"])
-    words = ["".join(draw.choices(alphabet, k=draw.randrange(1, 12))) for _ in range(40)]
-    texts = [" ".join(words[start : start + 5]) for start in range(0, 40, 5)]
-    # Letters only, so a piece is a word with the blank before it, if there is one.
-    pieces = Counter((" " * (at % 5 > 0) + word).encode() for at, word in enumerate(words))
-    _, found = learned(texts, 340, buffer_size=draw.randrange(1, 10), num_threads=draw.randrange(1, 4))
-    assert found == slow_merges(pieces, 84)
-
-
-@given(st.lists(st.text(max_size=80), max_size=8), st.integers(1, 9), st.integers(1, 3))
-@settings(max_examples=60, deadline=None)
-def test_order_buffers_and_threads_do_not_matter(
-    texts: list[str], buffer_size: int, num_threads: int
-) -> None:
-    texts = [text.encode("utf-8", "replace").decode() for text in texts]
-    expected = learned(texts, 300)[1]
-    assert learned(texts[::-1], 300, buffer_size=buffer_size, num_threads=num_threads)[1] == expected
-
-
-@given(
-    st.text(
-        st.one_of(st.characters(), st.sampled_from(" \n\r\t'sSdmtlLvVrReE09a\u017f\u3000\x85")), max_size=200
-    )
-)
-@settings(max_examples=300, deadline=None)
-def test_ids_equal_tiktoken(trained: rustbpe.Tokenizer, text: str) -> None:
-    assert trained.encode_ordinary(text) == as_tiktoken(trained).encode_ordinary(text)
-
-
 @pytest.mark.parametrize("pattern", [GPT4_PATTERN, r"\w+|\W"])
 def test_other_patterns_equal_tiktoken(trained: rustbpe.Tokenizer, pattern: str) -> None:
     tokenizer = rustbpe.Tokenizer.from_ranks(trained.get_mergeable_ranks(), pattern)
@@ -160,21 +60,6 @@ def test_other_patterns_equal_tiktoken(trained: rustbpe.Tokenizer, pattern: str)
     for text in corpus(1, 50):
         assert tokenizer.encode(text) == reference.encode_ordinary(text)
     assert tokenizer.get_pattern() == pattern
-
-
-def test_every_scalar_value_equals_tiktoken(trained: rustbpe.Tokenizer) -> None:
-    # The crate's own tests do this for every position of a piece; here the other engine's tables matter.
-    text = "".join(f"{chr(code)}a " for code in range(0x110000) if not 0xD800 <= code < 0xE000)
-    assert trained.encode(text) == as_tiktoken(trained).encode_ordinary(text)
-
-
-@pytest.mark.parametrize(
-    "text", ["a" * 20000, "ab" * 10000, "\xe9" * 9999, " " * 5000 + "x", "\n" * 5000, "!" * 9999, "7" * 999]
-)
-def test_long_runs_equal_tiktoken(trained: rustbpe.Tokenizer, text: str) -> None:
-    tokenizer = learned([text[:2000], text[:777]], 290)[0]
-    for one in (trained, tokenizer):
-        assert one.encode(text) == as_tiktoken(one).encode_ordinary(text)
 
 
 def test_a_million_letters_do_not_hang(trained: rustbpe.Tokenizer) -> None:
@@ -200,7 +85,7 @@ def test_batches_equal_single_texts(trained: rustbpe.Tokenizer) -> None:
         assert ids.dtype == np.uint16 and offsets.dtype == np.int64 and ids.flags.writeable
         framed = [ids[a:b].tolist() for a, b in pairwise(offsets)]
         assert framed == [[7, *row, 499] for row in rows]
-    ids, offsets = trained.encode_batch_arrays([])
+    ids, offsets = trained.encode_batch_arrays(iter([]))
     assert len(ids) == 0 and offsets.tolist() == [0]
 
 
@@ -224,8 +109,19 @@ def test_special_tokens_only_where_allowed() -> None:
     assert tokenizer.encode("a<|bos|><|end|>", allowed_special={"<|bos|>"}) == [97, 256, *b"<|end|>"]
     assert tokenizer.token_bytes(257) == b"<|end|>" and tokenizer.decode([256, 97]) == "<|bos|>a"
     assert tokenizer.special_tokens == {"<|bos|>": 256, "<|end|>": 257} and tokenizer.vocab_size == 256
-    with pytest.raises(ValueError, match="not a special token"):
-        tokenizer.encode("a", allowed_special={"<|eos|>"})
+    texts = ["a<|bos|><|end|>", "<|bos|>b"]
+    ids, offsets = tokenizer.encode_batch_arrays(texts, append=257, allowed_special={"<|bos|>"})
+    assert ids.tolist() == [97, 256, *b"<|end|>", 257, 256, 98, 257] and offsets.tolist() == [0, 10, 13]
+    for encode in (tokenizer.encode, tokenizer.encode_batch_arrays):
+        with pytest.raises(ValueError, match="not a special token"):
+            encode(["a"] if encode == tokenizer.encode_batch_arrays else "a", allowed_special={"<|eos|>"})
+
+
+def test_merges_by_rank(trained: rustbpe.Tokenizer) -> None:
+    token = dict(map(reversed, trained.get_mergeable_ranks()))
+    merges = trained.get_merges()
+    assert [merged for *_, merged in merges] == list(range(256, trained.vocab_size))
+    assert all(token[left] + token[right] == token[merged] for left, right, merged in merges)
 
 
 def test_decoding(trained: rustbpe.Tokenizer) -> None:
@@ -267,11 +163,18 @@ class Unreadable:
 
 
 @pytest.mark.parametrize(
-    "options", [{"vocab_size": 255}, {"buffer_size": 0}, {"pattern": "("}, {"num_threads": 0}]
+    "options",
+    [{"vocab_size": 255}, {"vocab_size": -1}, {"buffer_size": 0}, {"pattern": "("}, {"num_threads": 0}],
 )
 def test_bad_arguments_are_found_before_reading(options: dict[str, int | str]) -> None:
     with pytest.raises(ValueError):
         rustbpe.Tokenizer().train_from_iterator(Unreadable(), **{"vocab_size": 300, **options})
+
+
+def test_huge_arguments_are_harmless(trained: rustbpe.Tokenizer) -> None:
+    huge = {"buffer_size": 2**62, "num_threads": 10**9}
+    assert learned(["ab ab"], 2**62, **huge)[1] == learned(["ab ab"], 300)[1]
+    assert trained.batch_encode(["ab"] * 9, num_threads=10**9) == [trained.encode("ab")] * 9
 
 
 @pytest.mark.parametrize(
@@ -315,6 +218,8 @@ def test_an_exhausted_regex_engine_is_an_error(trained: rustbpe.Tokenizer) -> No
 def test_bad_ranks(extra: tuple[bytes, int]) -> None:
     with pytest.raises(ValueError):
         rustbpe.Tokenizer.from_ranks([*byte_ranks(), extra], NANOCHAT_PATTERN)
+    with pytest.raises(ValueError, match="too large"):  # tables by id would need 32 GiB
+        rustbpe.Tokenizer.from_ranks([*byte_ranks(), (b"ab", 2**32 - 1)], NANOCHAT_PATTERN)
     with pytest.raises(ValueError, match="lack the single byte 0x00"):
         rustbpe.Tokenizer.from_ranks(byte_ranks()[1:], NANOCHAT_PATTERN)
 
@@ -356,13 +261,43 @@ def test_other_threads_run_while_it_works(trained: rustbpe.Tokenizer) -> None:
     assert ticks[0] > 20
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_memory_does_not_grow(trained: rustbpe.Tokenizer) -> None:
-    texts = corpus(4, 200)
-    resident = []
-    for _ in range(3):
-        for _ in range(500):
-            trained.encode_batch_arrays(texts, num_threads=2)
-        with open("/proc/self/statm") as file:
-            resident.append(int(file.read().split()[1]) * 4096)
-    assert resident[-1] - resident[0] < 4 << 20
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+@needs_proc
+@pytest.mark.parametrize("form", ["encode_batch_arrays", "batch_encode"])
+def test_memory_does_not_grow_over_a_thousand_batches(trained: rustbpe.Tokenizer, form: str) -> None:
+    texts, encode = corpus(4, 200), getattr(trained, form)
+    for _ in range(200):
+        encode(texts, num_threads=2)
+    before = resident_bytes()
+    for _ in range(1000):
+        encode(texts, num_threads=2)
+    assert resident_bytes() - before < 4 << 20
+
+
+@needs_proc
+def test_training_keeps_pieces_and_not_texts() -> None:
+    """A stream of any length trains in the memory that its distinct pieces need."""
+
+    def stream() -> Iterator[str]:
+        for index in range(1000):
+            yield f"{index} " + text  # new strings, 100 MB together
+
+    text = " ".join(corpus(5, 300))
+    text *= 100_000 // len(text)
+    learned([text], 300)
+    sizes, done = [resident_bytes()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            sizes.append(resident_bytes())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    learned(stream(), 300)
+    done.set()
+    thread.join()
+    assert max(sizes) - sizes[0] < 40 << 20

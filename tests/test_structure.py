@@ -22,7 +22,7 @@ TRAINING_NEEDS = {"torch", "numpy", "pyarrow", "tiktoken", "rustbpe", "nanochat"
 # Ground first; a module imports at its top level only from its own layer or below.
 LIBRARY_LAYERS = [
     {"common", "configurator"},
-    {"tokenizer", "tokenizer_base", "tokenizer_hf", "conversation", "tinyworld", "hub", "dataset", "packing", "prefetch", "document_reader", "dataloader", "chat_loader", "safe_pickle"},
+    {"tokenizer", "tokenizer_base", "tokenizer_hf", "tokenizer_files", "conversation", "tinyworld", "hub", "dataset", "packing", "prefetch", "document_reader", "dataloader", "chat_loader", "safe_pickle"},
     {"gpt", "kv_cache", "flash_attention", "muon", "sharding", "optim", "scaling", "schedule", "compilation", "fp8", "config_versions"},
     {"checkpoint_manager", "metrics", "trainer"},
     {"calculator", "execution", "sandbox_harness", "sampling", "scheduler", "engine", "serve"},
@@ -134,7 +134,7 @@ def test_help_is_instant_and_complete(script):
 
 def test_every_script_of_the_specification_exists():
     wanted = {
-        "tok_train", "tok_eval", "base_train", "base_loss", "base_eval", "mid_train", "chat_sft", "chat_rl",
+        "tok_train", "tok_eval", "tok_convert", "base_train", "base_loss", "base_eval", "mid_train", "chat_sft", "chat_rl",
         "chat_eval", "chat_cli", "chat_web",
     }  # fmt: skip
     assert wanted <= set(SCRIPTS)

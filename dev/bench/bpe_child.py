@@ -13,12 +13,14 @@ import resource
 import sys
 import time
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
+Result = TypeVar("Result")
 SHORT_TEXT = "The quick brown fox doesn't jump over 12 lazy dogs."
 
 
@@ -93,13 +95,15 @@ def encode(job: dict) -> dict:
 
     tokenizer = rustbpe.Tokenizer.from_ranks(ranks_of(job["ranks"]).items(), PATTERN)
     texts = list(documents(job["text"]))
-    start, cpu_start = time.perf_counter(), time.process_time()
-    ids, _ = tokenizer.encode_batch_arrays(texts, num_threads=job["threads"])
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    cpu_start = time.process_time()
+    seconds, (ids, _) = timed(lambda: tokenizer.encode_batch_arrays(texts, num_threads=job["threads"]))
+    cpu_seconds = time.process_time() - cpu_start
+    one_thread = timed(lambda: tokenizer.encode_batch_arrays(texts, num_threads=1))[0]
     short = seconds_per_call(tokenizer.encode_ordinary, SHORT_TEXT)
     return {
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
+        "one_thread_seconds": one_thread,
         "short_seconds": short,
         "digest": digest([ids.tolist()]),
     }
@@ -111,11 +115,24 @@ def encode_tiktoken(job: dict) -> dict:
     ranks = ranks_of(job["ranks"])
     encoding = tiktoken.Encoding("bench", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
     texts = list(documents(job["text"]))
-    start, cpu_start = time.perf_counter(), time.process_time()
-    rows = encoding.encode_ordinary_batch(texts, num_threads=job["threads"])
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    cpu_start = time.process_time()
+    seconds, rows = timed(lambda: encoding.encode_ordinary_batch(texts, num_threads=job["threads"]))
+    cpu_seconds = time.process_time() - cpu_start
+    one_thread = timed(lambda: encoding.encode_ordinary_batch(texts, num_threads=1))[0]
     short = seconds_per_call(encoding.encode_ordinary, SHORT_TEXT)
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "short_seconds": short, "digest": digest(rows)}
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "one_thread_seconds": one_thread,
+        "short_seconds": short,
+        "digest": digest(rows),
+    }
+
+
+def timed(work: Callable[[], Result]) -> tuple[float, Result]:
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
 
 
 def seconds_per_call(function, text: str, calls: int = 20_000) -> float:

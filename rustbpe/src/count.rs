@@ -6,6 +6,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::Builder;
 use std::time::Duration;
 
 use crate::error::Error;
@@ -63,11 +64,15 @@ pub fn count_pieces<S: Source>(
         failure: Mutex::new(None),
     };
     let fed = std::thread::scope(|scope| {
-        for _ in 0..num_threads {
+        let start = |_| {
             let (shared, pattern) = (&shared, pattern.clone());
-            scope.spawn(move || shared.work(&pattern));
-        }
-        let fed = shared.feed(pattern, source);
+            Builder::new().spawn_scoped(scope, move || shared.work(&pattern))
+        };
+        // A busy system may give fewer threads than asked for; one is enough.
+        let fed = match (0..num_threads).map(start).take_while(Result::is_ok).count() {
+            0 => Err(Error::NoThread.into()),
+            _ => shared.feed(pattern, source),
+        };
         if fed.is_err() {
             shared.stop.store(true, Ordering::Relaxed);
             shared.queue.abandon();

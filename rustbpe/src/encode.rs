@@ -1,15 +1,16 @@
 //! Text to token ids.
 
 use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::error::Error;
+use crate::memory::Memory;
 use crate::merge::merge_piece;
-use crate::merged::MergedPieces;
 use crate::pattern::Pattern;
 use crate::piece_map::{pack, BATCH, MAX_PACKED};
 use crate::vocab::Vocab;
 
-/// A split pattern, a rank table and special tokens; never changes once made.
+/// A split pattern, a rank table and special tokens, which never change once made.
 pub struct Encoder {
     /// How text is cut into pieces.
     pub pattern: Pattern,
@@ -18,6 +19,7 @@ pub struct Encoder {
     /// Special tokens by name.
     pub specials: BTreeMap<String, u32>,
     special_names: BTreeMap<u32, String>,
+    memories: Mutex<Vec<Memory>>, // of workers that are done, at most one for each that ever worked at once
 }
 
 impl Encoder {
@@ -30,7 +32,7 @@ impl Encoder {
                 return Err(Error::DuplicateToken { token: name.clone().into_bytes(), id: *id });
             }
         }
-        Ok(Encoder { pattern, vocab, specials, special_names })
+        Ok(Encoder { pattern, vocab, specials, special_names, memories: Mutex::default() })
     }
 
     /// Largest id, special tokens included.
@@ -45,42 +47,40 @@ impl Encoder {
         self.vocab.token(id).or_else(special).ok_or(Error::UnknownId(i64::from(id)))
     }
 
-    /// Appends the ids of `text`; the names in `allowed` become special tokens, longest first.
-    pub fn encode(&self, text: &str, allowed: &[&str], out: &mut Vec<u32>) -> Result<(), Error> {
-        let mut finds = Vec::with_capacity(allowed.len());
-        for name in allowed {
-            let id = self.specials.get(*name).ok_or_else(|| Error::UnknownSpecial((*name).into()))?;
-            finds.push(Find { name, id: *id, next: text.find(name) });
-        }
-        let (mut worker, mut start) = (Worker::new(self), 0);
-        while let Some((at, len, id)) = first_special(&mut finds, text, start) {
-            worker.encode(&self.pattern, &text[start..at], out)?;
-            out.push(id);
-            start = at + len;
-        }
-        worker.encode(&self.pattern, &text[start..], out)
+    /// Names and ids of special tokens; an error for a name that is none.
+    pub fn specials_named<'b>(&self, names: &[&'b str]) -> Result<Vec<(&'b str, u32)>, Error> {
+        let named = |name: &&'b str| match self.specials.get(*name) {
+            Some(id) => Ok((*name, *id)),
+            None => Err(Error::UnknownSpecial((*name).into())),
+        };
+        names.iter().map(named).collect()
+    }
+
+    fn memories(&self) -> MutexGuard<'_, Vec<Memory>> {
+        self.memories.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Encodes text in which nothing is special, with scratch memory that is kept between texts.
+/// Encodes one text after the other, and remembers how pieces were merged if there is much text.
 pub struct Worker<'a> {
-    vocab: &'a Vocab,
+    encoder: &'a Encoder,
     batch: Batch,
-    merged: Option<MergedPieces>,
+    memory: Option<Memory>,
 }
 
 impl<'a> Worker<'a> {
     /// A worker for short texts.
     pub fn new(encoder: &'a Encoder) -> Worker<'a> {
-        Worker { vocab: &encoder.vocab, batch: Batch::default(), merged: None }
+        Worker { encoder, batch: Batch::default(), memory: None }
     }
 
-    /// A worker for much text, which remembers how pieces were merged.
+    /// A worker for much text, with the memory of an earlier one if that is done.
     pub fn remembering(encoder: &'a Encoder) -> Worker<'a> {
-        Worker { merged: Some(MergedPieces::new()), ..Worker::new(encoder) }
+        let memory = encoder.memories().pop().unwrap_or_default();
+        Worker { encoder, batch: Batch::default(), memory: Some(memory) }
     }
 
-    /// Appends the ids of `text`.
+    /// Appends the ids of `text`, in which nothing is special.
     pub fn encode(&mut self, pattern: &Pattern, text: &str, out: &mut Vec<u32>) -> Result<(), Error> {
         let bytes = text.as_bytes();
         self.batch.num = 0;
@@ -98,7 +98,12 @@ impl<'a> Worker<'a> {
     #[inline]
     fn encode_batch(&mut self, text: &[u8], out: &mut Vec<u32>) {
         let num = std::mem::take(&mut self.batch.num);
-        self.vocab.ids_of_packed(&self.batch.keys[..num], &mut self.batch.ids);
+        let keys = &self.batch.keys[..num];
+        self.encoder.vocab.ids_of_packed(keys, &mut self.batch.ids);
+        if let Some(memory) = &self.memory {
+            let ids = self.batch.ids.iter();
+            memory.touch(keys.iter().zip(ids).filter(|(_, id)| id.is_none()).map(|(key, _)| *key));
+        }
         for at in 0..num {
             match self.batch.ids[at] {
                 Some(id) => out.push(id),
@@ -110,16 +115,41 @@ impl<'a> Worker<'a> {
     /// A piece of the batch that is longer than a packed one, or no token.
     fn encode_rare(&mut self, text: &[u8], at: usize, out: &mut Vec<u32>) {
         let (key, (start, end)) = (self.batch.keys[at], self.batch.spans[at]);
+        let vocab = &self.encoder.vocab;
         if key == 0 {
-            match self.vocab.id_of(text, start, end) {
+            match vocab.id_of(text, start, end) {
                 Some(id) => out.push(id),
-                None => merge_piece(self.vocab, &text[start..end], out),
+                None => merge_piece(vocab, &text[start..end], out),
             }
-        } else if let Some(merged) = &mut self.merged {
-            merged.append(key, out, |out| merge_piece(self.vocab, &text[start..end], out));
+        } else if let Some(memory) = &mut self.memory {
+            memory.append(key, out, |out| merge_piece(vocab, &text[start..end], out));
         } else {
-            merge_piece(self.vocab, &text[start..end], out);
+            merge_piece(vocab, &text[start..end], out);
         }
+    }
+
+    /// Appends the ids of `text`, in which the given strings are special tokens, longest first.
+    pub fn encode_with(
+        &mut self,
+        pattern: &Pattern,
+        specials: &[(&str, u32)],
+        text: &str,
+        out: &mut Vec<u32>,
+    ) -> Result<(), Error> {
+        let mut finds: Vec<_> = specials.iter().map(|special| Find::first(text, special)).collect();
+        let mut start = 0;
+        while let Some((at, len, id)) = first_special(&mut finds, text, start) {
+            self.encode(pattern, &text[start..at], out)?;
+            out.push(id);
+            start = at + len;
+        }
+        self.encode(pattern, &text[start..], out)
+    }
+}
+
+impl Drop for Worker<'_> {
+    fn drop(&mut self) {
+        self.encoder.memories().extend(self.memory.take());
     }
 }
 
@@ -153,6 +183,12 @@ struct Find<'a> {
     name: &'a str,
     id: u32,
     next: Option<usize>,
+}
+
+impl<'a> Find<'a> {
+    fn first(text: &str, (name, id): &(&'a str, u32)) -> Find<'a> {
+        Find { name, id: *id, next: text.find(name) }
+    }
 }
 
 /// Leftmost, then longest special token from `start` on: its position, length and id.

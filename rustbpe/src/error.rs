@@ -2,11 +2,13 @@
 
 use std::fmt;
 
+use crate::vocab::MAX_ID;
+
 /// Everything that can go wrong, whoever caused it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Error {
     /// Fewer than the 256 single bytes were asked for.
-    VocabTooSmall(u64),
+    VocabTooSmall(i64),
     /// The split pattern does not compile.
     BadPattern(String),
     /// The regular-expression engine gave up on a text, e.g. at its backtracking limit.
@@ -22,6 +24,10 @@ pub enum Error {
         /// Id of the second entry.
         id: u32,
     },
+    /// A rank table has an id beyond [`crate::vocab::MAX_ID`].
+    IdTooLarge(u32),
+    /// The system gives no thread to work on.
+    NoThread,
     /// No token has this id.
     UnknownId(i64),
     /// No special token has this name.
@@ -54,6 +60,8 @@ impl fmt::Display for Error {
             Error::DuplicateToken { token, id } => {
                 write!(f, "token {:?} or id {id} occurs twice", String::from_utf8_lossy(token))
             }
+            Error::IdTooLarge(id) => write!(f, "id {id} is too large; the largest possible is {MAX_ID}"),
+            Error::NoThread => write!(f, "the system starts no further thread; close other programs"),
             Error::UnknownId(id) => write!(f, "no token has id {id}"),
             Error::UnknownSpecial(name) => write!(f, "{name:?} is not a special token"),
             Error::InvalidUtf8 { start, end, .. } => {

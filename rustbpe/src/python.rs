@@ -10,19 +10,24 @@ use pyo3::exceptions::{
 };
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
-use pyo3::types::{PyByteArray, PyBytes, PyList, PyString};
+use pyo3::types::{PyBytes, PyList, PyString};
 
-use crate::batch::{encode_batch, Frame, Run};
+use crate::batch::Options;
 use crate::decode::{decode, decode_bytes, Utf8Stream};
 use crate::encode::{Encoder, Worker};
 use crate::error::Error;
 use crate::pattern::Pattern;
 use crate::vocab::Vocab;
+use arrays::Batch;
 
+mod arrays;
 mod training;
 
 /// Longer texts are encoded with the GIL released.
 const MIN_BYTES_TO_DETACH: usize = 1 << 12;
+
+/// More threads than this are not started, whatever is asked for.
+const MAX_THREADS: usize = 256;
 
 impl From<Error> for PyErr {
     fn from(error: Error) -> PyErr {
@@ -30,7 +35,9 @@ impl From<Error> for PyErr {
             Error::InvalidUtf8 { bytes, start, end } => {
                 PyUnicodeDecodeError::new_err(("utf-8", bytes, start, end, "invalid UTF-8 in tokens"))
             }
-            Error::Split(_) | Error::CorpusTooLarge => PyRuntimeError::new_err(error.to_string()),
+            Error::Split(_) | Error::CorpusTooLarge | Error::NoThread => {
+                PyRuntimeError::new_err(error.to_string())
+            }
             Error::Interrupted => PyKeyboardInterrupt::new_err(()),
             _ => PyValueError::new_err(error.to_string()),
         }
@@ -73,7 +80,7 @@ impl Tokenizer {
         &self,
         py: Python<'_>,
         iterator: &Bound<'_, PyAny>,
-        vocab_size: u64,
+        vocab_size: i64,
         buffer_size: usize,
         pattern: Option<&str>,
         num_threads: Option<usize>,
@@ -110,7 +117,7 @@ impl Tokenizer {
 
     /// Ids of a text in which nothing is special.
     fn encode_ordinary<'py>(&self, text: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyList>> {
-        self.encode_text(text, |encoder, text, ids| Worker::new(encoder).encode(&encoder.pattern, text, ids))
+        self.encode_text(text, &[])
     }
 
     /// Ids of a text in which the names in allowed_special become special tokens.
@@ -121,7 +128,12 @@ impl Tokenizer {
         allowed_special: HashSet<String>,
     ) -> PyResult<Bound<'py, PyList>> {
         let allowed: Vec<&str> = allowed_special.iter().map(String::as_str).collect();
-        self.encode_text(text, |encoder, text, ids| encoder.encode(text, &allowed, ids))
+        self.encode_text(text, &allowed)
+    }
+
+    /// (left, right, merged) of every merge, in the order in which they are preferred.
+    fn get_merges(&self) -> Vec<(u32, u32, u32)> {
+        self.encoder().vocab.merges()
     }
 
     /// Ids of each text, encoded in parallel.
@@ -132,7 +144,7 @@ impl Tokenizer {
         num_threads: Option<usize>,
     ) -> PyResult<Bound<'py, PyList>> {
         let rows = PyList::empty(texts.py());
-        for run in encode_runs(&self.encoder(), texts, Frame::default(), num_threads)? {
+        for run in Batch::new(texts, num_threads)?.encode::<u32>(&self.encoder(), Options::default())? {
             let mut ids = &run.ids[..];
             for len in run.lens {
                 let (row, rest) = ids.split_at(len);
@@ -145,31 +157,26 @@ impl Tokenizer {
 
     /// Ids of all texts in one array, and int64 offsets of length len(texts) + 1.
     ///
-    /// The ids have the smallest unsigned dtype that fits every id of the tokenizer.
-    #[pyo3(signature = (texts, prepend=None, append=None, num_threads=None))]
+    /// The ids have the smallest unsigned dtype that fits every id of the tokenizer. The names in
+    /// allowed_special become special tokens; prepend and append are put around every text.
+    #[pyo3(signature = (texts, prepend=None, append=None, num_threads=None, allowed_special=HashSet::new()))]
     fn encode_batch_arrays<'py>(
         &self,
         texts: &Bound<'py, PyAny>,
         prepend: Option<u32>,
         append: Option<u32>,
         num_threads: Option<usize>,
+        allowed_special: HashSet<String>,
     ) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
-        let encoder = self.encoder();
-        let runs = encode_runs(&encoder, texts, Frame { prepend, append }, num_threads)?;
-        let max_id = [Some(encoder.max_id()), prepend, append].into_iter().flatten().max();
-        let lens = runs.iter().flat_map(|run| &run.lens);
-        let mut offsets = vec![0i64];
-        offsets.extend(lens.scan(0, |sum, len| {
-            *sum += *len as i64;
-            Some(*sum)
-        }));
-        let py = texts.py();
-        let ids = match max_id.unwrap_or(0) {
-            0..=0xff => array(py, "uint8", &id_slices(&runs), |id| [id as u8]),
-            0x100..=0xffff => array(py, "uint16", &id_slices(&runs), |id| (id as u16).to_ne_bytes()),
-            _ => array(py, "uint32", &id_slices(&runs), |id| id.to_ne_bytes()),
-        };
-        Ok((ids?, array(py, "int64", &[&offsets], i64::to_ne_bytes)?))
+        let (encoder, batch) = (self.encoder(), Batch::new(texts, num_threads)?);
+        let allowed: Vec<&str> = allowed_special.iter().map(String::as_str).collect();
+        let specials = encoder.specials_named(&allowed)?;
+        let options = Options { prepend, append, specials: &specials };
+        match [Some(encoder.max_id()), prepend, append].into_iter().flatten().max().unwrap_or(0) {
+            0..=0xff => batch.encode_arrays("uint8", &encoder, options, |id: u8| [id]),
+            0x100..=0xffff => batch.encode_arrays("uint16", &encoder, options, u16::to_ne_bytes),
+            _ => batch.encode_arrays("uint32", &encoder, options, u32::to_ne_bytes),
+        }
     }
 
     /// Text of the ids; UnicodeDecodeError if the bytes are not UTF-8, unless errors="replace".
@@ -199,33 +206,18 @@ impl Tokenizer {
         self.encoder.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn encode_text<'py>(
-        &self,
-        text: &Bound<'py, PyAny>,
-        encode: impl Fn(&Encoder, &str, &mut Vec<u32>) -> Result<(), Error> + Sync,
-    ) -> PyResult<Bound<'py, PyList>> {
+    fn encode_text<'py>(&self, text: &Bound<'py, PyAny>, allowed: &[&str]) -> PyResult<Bound<'py, PyList>> {
         let (py, encoder, text) = (text.py(), self.encoder(), repaired(text)?);
+        let specials = encoder.specials_named(allowed)?;
         let mut ids = Vec::with_capacity(text.len() / 3 + 1);
+        let mut encode = || Worker::new(&encoder).encode_with(&encoder.pattern, &specials, &text, &mut ids);
         if text.len() < MIN_BYTES_TO_DETACH {
-            encode(&encoder, &text, &mut ids)?;
+            encode()?;
         } else {
-            py.detach(|| encode(&encoder, &text, &mut ids))?;
+            py.detach(encode)?;
         }
         PyList::new(py, ids)
     }
-}
-
-/// Encodes an iterable of texts with the GIL released.
-fn encode_runs(
-    encoder: &Encoder,
-    texts: &Bound<'_, PyAny>,
-    frame: Frame,
-    num_threads: Option<usize>,
-) -> PyResult<Vec<Run>> {
-    let (py, num_threads) = (texts.py(), threads(num_threads)?);
-    refuse_str(texts, "texts")?;
-    let texts = texts.try_iter()?.map(|text| repaired(&text?)).collect::<PyResult<Vec<_>>>()?;
-    Ok(py.detach(|| encode_batch(encoder, &texts, frame, num_threads))?)
 }
 
 /// Decodes a stream of ids and holds back bytes that do not end a character yet.
@@ -256,7 +248,7 @@ impl StreamDecoder {
 fn threads(num_threads: Option<usize>) -> PyResult<usize> {
     match num_threads {
         Some(0) => Err(PyValueError::new_err("num_threads is 0; give at least 1, or None for all cores")),
-        Some(num) => Ok(num),
+        Some(num) => Ok(num.min(MAX_THREADS)),
         None => Ok(available_parallelism().map_or(1, usize::from)),
     }
 }
@@ -288,30 +280,6 @@ fn token_id(id: &Bound<'_, PyAny>) -> PyResult<u32> {
 
 fn id_list(ids: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
     ids.try_iter()?.map(|id| token_id(&id?)).collect()
-}
-
-fn id_slices(runs: &[Run]) -> Vec<&[u32]> {
-    runs.iter().map(|run| &run.ids[..]).collect()
-}
-
-/// A writable one-dimensional numpy array of all values of the slices.
-fn array<'py, T: Copy + Sync, const N: usize>(
-    py: Python<'py>,
-    dtype: &str,
-    slices: &[&[T]],
-    bytes_of: impl Fn(T) -> [u8; N] + Sync,
-) -> PyResult<Bound<'py, PyAny>> {
-    let num: usize = slices.iter().map(|slice| slice.len()).sum();
-    let buffer = PyByteArray::new_with(py, num * N, |buffer| {
-        py.detach(|| {
-            let values = slices.iter().flat_map(|slice| slice.iter());
-            for (target, value) in buffer.chunks_exact_mut(N).zip(values) {
-                target.copy_from_slice(&bytes_of(*value));
-            }
-        });
-        Ok(())
-    })?;
-    py.import("numpy")?.call_method1("frombuffer", (buffer, dtype))
 }
 
 #[pymodule]

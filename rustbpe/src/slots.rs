@@ -3,7 +3,8 @@
 //! Every byte of every piece has a slot, and one separator stands between pieces. A symbol of
 //! several bytes writes its id into its first and its last slot (as an allocator tags its blocks),
 //! so both neighbours of a symbol are found in one step and a merge touches a few slots whatever the
-//! length of the piece. A slot inside a symbol is dead and never equals an id.
+//! length of the piece. A slot inside a symbol is dead and never equals an id. How often the piece
+//! occurs stands in each of its slots, so that a merge waits for one cache line and not for four.
 
 use crate::error::Error;
 use crate::piece_map::PieceMap;
@@ -12,73 +13,83 @@ use crate::piece_map::PieceMap;
 pub const SEPARATOR: u32 = u32::MAX;
 const DEAD: u32 = u32::MAX - 1;
 
-/// Slots per entry of the index from slots to pieces.
-const BLOCK: usize = 16;
+/// Weights from here on are places in the list of large counts.
+const LARGE: u32 = 1 << 31;
+
+#[derive(Clone, Copy)]
+struct Slot {
+    id: u32,
+    weight: u32, // occurrences of the piece, or `LARGE` plus a place in the list of large counts
+}
 
 /// Symbols of all distinct pieces, with the number of times each piece occurs.
 pub struct Slots {
-    slots: Vec<u32>,
-    starts: Vec<u32>, // first slot of each piece, and the end
-    counts: Vec<u64>,
-    block_piece: Vec<u32>, // piece of the first slot of each block
-    widths: Vec<u32>,      // bytes of each symbol
+    slots: Vec<Slot>,
+    large: Vec<u64>,
+    widths: Vec<u32>, // bytes of each symbol
+    num_occurrences: u64,
 }
 
 impl Slots {
     /// Lays out the pieces, one symbol per byte; frees each map as soon as it is read.
     pub fn new(maps: Vec<PieceMap<u64>>) -> Result<Slots, Error> {
-        let (mut num_slots, mut num_pieces) = (1usize, 0usize);
+        let mut num_slots = 1usize;
         for map in &maps {
-            map.for_each(|piece, _| {
-                num_slots += piece.len() + 1;
-                num_pieces += 1;
-            });
+            map.for_each(|piece, _| num_slots += piece.len() + 1);
         }
         if num_slots >= DEAD as usize {
             return Err(Error::CorpusTooLarge);
         }
-        let mut slots = Vec::with_capacity(num_slots);
-        let mut starts = Vec::with_capacity(num_pieces + 1);
-        let mut counts = Vec::with_capacity(num_pieces);
-        slots.push(SEPARATOR);
+        let slots = Vec::with_capacity(num_slots);
+        let mut all = Slots { slots, large: Vec::new(), widths: vec![1; 256], num_occurrences: 0 };
+        all.slots.push(Slot { id: SEPARATOR, weight: 0 });
         for map in maps {
-            map.for_each(|piece, count| {
-                starts.push(slots.len() as u32);
-                counts.push(count);
-                slots.extend(piece.iter().map(|byte| u32::from(*byte)));
-                slots.push(SEPARATOR);
-            });
+            map.for_each(|piece, count| all.push_piece(piece, count));
         }
-        starts.push(slots.len() as u32);
-        let block_piece = index_blocks(&starts, num_slots);
-        Ok(Slots { slots, starts, counts, block_piece, widths: vec![1; 256] })
+        Ok(all)
     }
 
-    /// Number of times any piece occurs in the corpus.
+    fn push_piece(&mut self, piece: &[u8], count: u64) {
+        self.num_occurrences += count;
+        let weight = u32::try_from(count).ok().filter(|weight| *weight < LARGE).unwrap_or_else(|| {
+            self.large.push(count);
+            LARGE + (self.large.len() - 1) as u32
+        });
+        self.slots.extend(piece.iter().map(|byte| Slot { id: u32::from(*byte), weight }));
+        self.slots.push(Slot { id: SEPARATOR, weight: 0 });
+    }
+
+    /// Sum over all pieces of how often each occurs in the corpus.
     pub fn num_occurrences(&self) -> u64 {
-        self.counts.iter().sum()
+        self.num_occurrences
     }
 
     /// Calls `visit(position, left, right, count)` for every pair of neighbours, by position.
     pub fn for_each_pair(&self, mut visit: impl FnMut(u32, u32, u32, u64)) {
-        for (piece, count) in self.counts.iter().enumerate() {
-            let mut at = self.starts[piece];
-            let mut left = self.slots[at as usize];
-            loop {
-                let next = at + self.widths[left as usize];
-                let right = self.slots[next as usize];
-                if right == SEPARATOR {
-                    break;
-                }
-                visit(at, left, right, *count);
-                (at, left) = (next, right);
+        let mut at = 1;
+        while let Some(left) = self.slots.get(at) {
+            if left.id == SEPARATOR {
+                at += 1;
+                continue;
             }
+            let next = at + self.widths[left.id as usize] as usize;
+            let right = self.slots[next].id;
+            if right != SEPARATOR {
+                visit(at as u32, left.id, right, self.count(left.weight));
+            }
+            at = next;
         }
     }
 
     /// Adds the next id: a symbol as wide as the two given ones together.
     pub fn add_symbol(&mut self, left: u32, right: u32) {
         self.widths.push(self.widths[left as usize] + self.widths[right as usize]);
+    }
+
+    /// Reads the slots at some positions without branching on them, so that the cache misses overlap.
+    #[inline]
+    pub fn touch(&self, positions: &[u32]) {
+        std::hint::black_box(positions.iter().fold(0, |all, at| all | self.slots[*at as usize].id));
     }
 
     /// Replaces `left right` at `at` by `new`; returns the neighbours and the count of the piece.
@@ -88,15 +99,16 @@ impl Slots {
     pub fn merge(&mut self, at: u32, left: u32, right: u32, new: u32) -> Option<(u32, u32, u64)> {
         let at = at as usize;
         let second = at + self.widths[left as usize] as usize;
-        if self.slots[at] != left || self.slots[second] != right {
+        let first = self.slots[at];
+        if first.id != left || self.slots[second].id != right {
             return None;
         }
         let last = second + self.widths[right as usize] as usize - 1;
-        self.slots[second - 1] = DEAD;
-        self.slots[second] = DEAD;
-        self.slots[at] = new;
-        self.slots[last] = new;
-        Some((self.slots[at - 1], self.slots[last + 1], self.count_at(at)))
+        self.slots[second - 1].id = DEAD;
+        self.slots[second].id = DEAD;
+        self.slots[at].id = new;
+        self.slots[last].id = new;
+        Some((self.slots[at - 1].id, self.slots[last + 1].id, self.count(first.weight)))
     }
 
     /// Bytes of a symbol.
@@ -106,22 +118,10 @@ impl Slots {
     }
 
     #[inline]
-    fn count_at(&self, at: usize) -> u64 {
-        let mut piece = self.block_piece[at / BLOCK] as usize;
-        while self.starts[piece + 1] as usize <= at {
-            piece += 1;
+    fn count(&self, weight: u32) -> u64 {
+        match weight.checked_sub(LARGE) {
+            None => u64::from(weight),
+            Some(place) => self.large[place as usize],
         }
-        self.counts[piece]
     }
-}
-
-fn index_blocks(starts: &[u32], num_slots: usize) -> Vec<u32> {
-    let mut piece = 0;
-    let blocks = (0..num_slots).step_by(BLOCK).map(|slot| {
-        while piece + 2 < starts.len() && starts[piece + 1] as usize <= slot {
-            piece += 1;
-        }
-        piece as u32
-    });
-    blocks.collect()
 }

@@ -35,6 +35,9 @@ struct Pair {
 /// Pairs below the threshold have no index.
 const UNFOLLOWED: u32 = u32::MAX;
 
+/// Positions whose slots are fetched together.
+const BLOCK: usize = 32;
+
 /// What is known of one neighbour of the merged pair.
 #[derive(Clone, Copy)]
 struct Tally {
@@ -93,7 +96,7 @@ fn key(left: u32, right: u32) -> u64 {
 impl Trainer {
     fn new(slots: Slots, num_merges: usize) -> Trainer {
         // By Zipf's law the last merge occurs about n / (10 num_merges) times; a lower start is cheap.
-        let threshold = slots.num_occurrences() / (32 * num_merges as u64 + 1);
+        let threshold = slots.num_occurrences() / (num_merges as u64).saturating_mul(32).max(1);
         let mut trainer = Trainer {
             slots,
             threshold: threshold.max(1),
@@ -167,8 +170,9 @@ impl Trainer {
         self.right.tallies.resize(new as usize + 1, Tally::default());
         // Count of (new, new): each such pair was first counted as (new, left) by its left half.
         let mut doubled = 0;
-        for at in positions {
-            doubled += self.replace(at, merge, new);
+        for block in positions.chunks(BLOCK) {
+            self.slots.touch(block);
+            doubled += block.iter().map(|at| self.replace(*at, merge, new)).sum::<u64>();
         }
         // The left side first: (new, left) must not be queued yet when (before, left) is decreased.
         let (mut lefts, mut rights) = (std::mem::take(&mut self.left), std::mem::take(&mut self.right));

@@ -7,6 +7,9 @@ use crate::piece_map::{mix, PieceMap};
 /// "No token": larger than every id, so that it loses every comparison for the lowest rank.
 pub const NONE: u32 = u32::MAX;
 
+/// Largest id of a learned token: tables are indexed by id, so one wild id would exhaust the memory.
+pub const MAX_ID: u32 = (1 << 24) - 1;
+
 /// Tokens by id, ids by bytes, and merges by pair of ids.
 pub struct Vocab {
     ids: Vec<u32>,           // in increasing order
@@ -38,7 +41,10 @@ impl Vocab {
     }
 
     fn index_tokens(ranks: &[(Vec<u8>, u32)]) -> Result<Vocab, Error> {
-        let num_ids = ranks.last().map_or(0, |(_, id)| *id as usize + 1);
+        let num_ids = match ranks.last() {
+            Some((_, id)) if *id > MAX_ID => return Err(Error::IdTooLarge(*id)),
+            last => last.map_or(0, |(_, id)| *id as usize + 1),
+        };
         let mut vocab = Vocab {
             ids: Vec::with_capacity(ranks.len()),
             starts: vec![(0, 0); num_ids],
@@ -116,6 +122,13 @@ impl Vocab {
     #[inline]
     pub fn ids_of_packed(&self, keys: &[u128], ids: &mut [Option<u32>]) {
         self.lookup.get_batch(keys, ids);
+    }
+
+    /// (left, right, merged) of every merge, in the order in which they are preferred.
+    pub fn merges(&self) -> Vec<(u32, u32, u32)> {
+        let mut merges: Vec<_> = self.pairs.slots.iter().copied().filter(|slot| slot.2 != NONE).collect();
+        merges.sort_unstable_by_key(|(_, _, merged)| *merged);
+        merges
     }
 
     /// Id of a single byte.

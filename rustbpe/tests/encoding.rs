@@ -5,7 +5,7 @@ mod common;
 use std::collections::{BTreeMap, HashMap};
 
 use common::{fuzz, Random};
-use rustbpe::batch::{encode_batch, Frame};
+use rustbpe::batch::{encode_batch, Options};
 use rustbpe::decode::{decode, decode_bytes, Utf8Stream};
 use rustbpe::encode::{Encoder, Worker};
 use rustbpe::error::Error;
@@ -85,15 +85,17 @@ fn batches_equal_single_texts_and_each_other() {
     let mut random = Random(7);
     let encoder = encoder(random_ranks(&mut random), &[]);
     let texts: Vec<String> = (0..3000).map(|_| random.text(120)).collect();
-    let frame = Frame { prepend: Some(1000), append: None };
+    let specials = [("'s", 1001)];
+    let options = Options { prepend: Some(1000), append: None, specials: &specials };
     for threads in [1, 2, 5] {
         let mut rows = texts.iter();
-        for run in encode_batch(&encoder, &texts, frame, threads).unwrap() {
+        for run in encode_batch::<_, u16>(&encoder, &texts, options, threads).unwrap() {
             let mut ids = &run.ids[..];
             for len in run.lens {
                 let (row, rest) = ids.split_at(len);
-                assert_eq!(row[0], 1000);
-                assert_eq!(row[1..], encode(&encoder, rows.next().unwrap()));
+                let parts = rows.next().unwrap().split("'s").map(|part| encode(&encoder, part));
+                let expected = [vec![1000], parts.collect::<Vec<_>>().join(&1001)].concat();
+                assert_eq!(row.iter().map(|id| u32::from(*id)).collect::<Vec<_>>(), expected);
                 ids = rest;
             }
         }
@@ -117,7 +119,8 @@ fn special_tokens_only_where_allowed() {
     let encoder = encoder(bytes, &[("<a>", 256), ("<a>>", 257)]);
     let encode = |text: &str, allowed: &[&str]| {
         let mut ids = Vec::new();
-        encoder.encode(text, allowed, &mut ids).map(|()| ids)
+        let specials = encoder.specials_named(allowed)?;
+        Worker::new(&encoder).encode_with(&encoder.pattern, &specials, text, &mut ids).map(|()| ids)
     };
     assert_eq!(encode("x<a>y", &[]).unwrap(), b"x<a>y".map(u32::from));
     assert_eq!(encode("x<a>y<a>", &["<a>"]).unwrap(), [120, 256, 121, 256]);

@@ -19,6 +19,9 @@ use crate::vocab::Vocab;
 /// A chunk of texts ends at this size even if more strings may be buffered.
 const CHUNK_BYTES: usize = 1 << 20;
 
+/// How often a line tells how much was read.
+const REPORT_INTERVAL: Duration = Duration::from_secs(2);
+
 /// How often the merge loop takes the GIL to see signals.
 const SIGNAL_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -26,7 +29,7 @@ const SIGNAL_INTERVAL: Duration = Duration::from_millis(100);
 pub fn train(
     py: Python<'_>,
     iterator: &Bound<'_, PyAny>,
-    vocab_size: u64,
+    vocab_size: i64,
     buffer_size: usize,
     pattern: Option<&str>,
     num_threads: usize,
@@ -44,11 +47,18 @@ pub fn train(
     // Up to twice as many chunks as threads are on their way.
     let chunk_strings = (buffer_size / (2 * num_threads)).max(1);
     let iterator = iterator.try_iter()?.unbind();
-    let mut source = PythonTexts { iterator, chunk_strings, num_texts: 0, log: &mut log };
+    let mut source = PythonTexts {
+        iterator,
+        chunk_strings,
+        num_texts: 0,
+        num_bytes: 0,
+        reported: Instant::now(),
+        log: &mut log,
+    };
     let pieces = py.detach(|| count_pieces(&pattern, num_threads, &mut source))?;
-    let num_texts = source.num_texts;
+    let (num_texts, num_bytes) = (source.num_texts, source.num_bytes);
     let num_pieces: usize = pieces.iter().map(PieceMap::len).sum();
-    log.info(&format!("Read {num_texts} texts with {num_pieces} distinct pieces"))?;
+    log.info(&format!("Read {num_texts} texts, {num_bytes} bytes, with {num_pieces} distinct pieces"))?;
     let num_merges = vocab_size as usize - 256;
     log.info(&format!("Learning {num_merges} merges"))?;
     let mut progress = Progress::new(log, num_merges);
@@ -110,6 +120,8 @@ struct PythonTexts<'a> {
     iterator: Py<PyIterator>,
     chunk_strings: usize,
     num_texts: u64,
+    num_bytes: usize,
+    reported: Instant,
     log: &'a mut Log,
 }
 
@@ -129,7 +141,7 @@ impl Source for PythonTexts<'_> {
                     break;
                 }
             }
-            self.count(chunk.len() as u64)?;
+            self.count(chunk.len() as u64, num_bytes)?;
             Ok((!chunk.is_empty()).then_some(chunk))
         })
     }
@@ -140,14 +152,15 @@ impl Source for PythonTexts<'_> {
 }
 
 impl PythonTexts<'_> {
-    /// Counts texts, with a line of progress for every million.
-    fn count(&mut self, num: u64) -> PyResult<()> {
-        let millions = self.num_texts / 1_000_000;
-        self.num_texts += num;
-        if self.num_texts / 1_000_000 > millions {
-            self.log.info(&format!("Read {} texts so far", self.num_texts))?;
+    /// Counts what was read, with a line of progress now and then.
+    fn count(&mut self, num_texts: u64, num_bytes: usize) -> PyResult<()> {
+        self.num_texts += num_texts;
+        self.num_bytes += num_bytes;
+        if self.reported.elapsed() < REPORT_INTERVAL {
+            return Ok(());
         }
-        Ok(())
+        self.reported = Instant::now();
+        self.log.info(&format!("Read {} texts so far, {} MB", self.num_texts, self.num_bytes / 1_000_000))
     }
 }
 
