@@ -165,3 +165,31 @@ def test_conversations_are_rendered_as_ours(subject):
     assert subject.tok_encode(text) == tokenizer().render_for_completion(conversation)
     # special tokens in other texts are characters
     assert tokenizer().encode_special("<|user_end|>") not in subject.tok_encode("x <|user_end|>")
+
+
+@pytest.mark.slow  # the harness reads its index of thousands of task files
+def test_the_command_saves_results_beside_the_checkpoint(subject, tmp_path, monkeypatch, capsys):
+    import datasets
+
+    from nanochat.checkpoint_manager import STAGES, save_checkpoint
+    from nanochat.common import read_json
+    from scripts import harness_eval
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    folder = tmp_path / STAGES["sft"] / "t"
+    save_checkpoint(folder, 3, subject.gpt, {"user_config": {}}, tokenizer=tokenizer())
+    (tmp_path / "rows.jsonl").write_text('{"q": "The river", "a": "sea"}\n' * 3)
+    (tmp_path / "local_chat.yaml").write_text(
+        f"task: local_chat\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path / 'rows.jsonl'}\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{q}}'\ndoc_to_target: '{{a}}'\n"
+        "generation_kwargs:\n  until: []\n  max_gen_toks: 4\n  do_sample: false\n"
+        "metric_list:\n  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+    options = dict(source="sft", include_path=str(tmp_path), device_type="cpu")
+    harness_eval.main(harness_eval.Config(tasks="local_chat", chat=True, limit=2, **options))
+    assert "local_chat" in capsys.readouterr().out
+    saved = read_json(folder / "harness_000003.json")
+    assert saved["settings"]["limit"] == 2 and "exact_match,none" in saved["results"]["local_chat"]
+    with pytest.raises(UserError, match="has no nonsense"):
+        harness_eval.main(harness_eval.Config(tasks="nonsense", **options))

@@ -1,4 +1,4 @@
-"""runs/serve_vllm.sh starts vLLM with what our exports need, and refuses what vLLM would compute wrongly."""
+"""dev/serve_vllm.sh starts vLLM with what our exports need, and refuses what vLLM would compute wrongly."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "runs" / "serve_vllm.sh"
+SCRIPT = Path(__file__).parent.parent / "dev" / "serve_vllm.sh"
 
 
 @pytest.fixture

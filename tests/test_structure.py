@@ -22,7 +22,7 @@ TRAINING_NEEDS = {"torch", "numpy", "pyarrow", "tiktoken", "rustbpe", "nanochat"
 # Ground first; a module imports at its top level only from its own layer or below.
 LIBRARY_LAYERS = [
     {"common", "configurator"},
-    {"tokenizer", "tokenizer_base", "tokenizer_hf", "tokenizer_files", "conversation", "tinyworld", "hub", "dataset", "packing", "prefetch", "document_reader", "dataloader", "chat_loader", "safe_pickle"},
+    {"tokenizer", "tokenizer_base", "tokenizer_hf", "tokenizer_files", "conversation", "tinyworld", "hub", "dataset", "packing", "prefetch", "document_reader", "dataloader", "chat_loader"},
     {"gpt", "kv_cache", "flash_attention", "muon", "sharding", "optim", "scaling", "schedule", "compilation", "fp8", "config_versions"},
     {"checkpoint_manager", "metrics", "trainer"},
     {"calculator", "execution", "sandbox_harness", "sampling", "scheduler", "engine", "serve"},

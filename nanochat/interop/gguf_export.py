@@ -18,9 +18,10 @@ import torch
 from nanochat.common import UserError, print0
 from nanochat.gpt import GPT, NORM_EPS, GPTConfig
 from nanochat.interop.hf_config import is_classic
-from nanochat.interop.hf_tokenizer import BOS, END_OF_ANSWER, chat_template, tokenizer_json
+from nanochat.interop.hf_tokenizer import BOS, END_OF_ANSWER, chat_template
 from nanochat.interop.samples import PARAGRAPHS
 from nanochat.tokenizer import RustBPETokenizer
+from nanochat.tokenizer_files import tokenizer_json
 
 ARCHITECTURE = "nanochat"
 TYPES = ("f32", "f16", "q8_0", "q4_0")

@@ -25,7 +25,6 @@ from nanochat.common import UserError
 from nanochat.gpt import GPTConfig
 from nanochat.interop.hf_config import SIZE_LIMIT, SIZES, expected_shapes
 
-_SCALARS = ("resid_lambdas", "x0_lambdas")
 _BEFORE_MARCH: dict[str, Any] = {
     "rope_base": 10_000.0, "rope_dtype": "bfloat16", "qk_scale": 1.0, "use_smear": False, "use_backout": False,
     "short_window_divisor": 2, "short_window_multiple": 1, "ve_gate_channels": 32, "ve_gate_scale": 2.0,

@@ -12,8 +12,8 @@ from nanochat.common import UserError, print0, read_json
 from nanochat.interop.hf_config import describe
 from nanochat.interop.hf_import import Imported
 from nanochat.interop.upstream import migrate
-from nanochat.safe_pickle import read_tokenizer_pickle
 from nanochat.tokenizer import RustBPETokenizer
+from nanochat.tokenizer_files import read_tokenizer_pickle
 
 
 def read_upstream(

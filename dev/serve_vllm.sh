@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Serve an exported classic model with vLLM, on one machine or many GPUs: bash runs/serve_vllm.sh FOLDER [vllm options]
+# Serve an exported classic model with vLLM, on one machine or many GPUs: bash dev/serve_vllm.sh FOLDER [vllm options]
 # See dev/guides/serving-with-vllm.md.
 set -euo pipefail
 
 if [ $# -lt 1 ] || [ "$1" = "--help" ]; then
-    echo "usage: bash runs/serve_vllm.sh FOLDER [options of vllm serve]" >&2
+    echo "usage: bash dev/serve_vllm.sh FOLDER [options of vllm serve]" >&2
     exit 2
 fi
 folder="$1"
