@@ -152,7 +152,8 @@ def report(trained: dict[str, list[dict]], encoded: dict[str, list[dict]], num_b
         ("train_memory_mb", "training, peak MB", trained, "memory_bytes", 1e-6),
         ("encode_seconds", "batch encoding, s", encoded, "seconds", 1.0),
         ("encode_cpu_seconds", "batch encoding, CPU s", encoded, "cpu_seconds", 1.0),
-        ("encode_one_thread_seconds", "encoding, 1 thread, s", encoded, "one_thread_seconds", 1.0),
+        ("encode_one_thread_seconds", "again, one thread, s", encoded, "one_thread_seconds", 1.0),
+        ("encode_again_seconds", "again, all threads, s", encoded, "again_seconds", 1.0),
         ("encode_short_us", "short text, us", encoded, "short_seconds", 1e6),
     ]
     table = {}
@@ -165,9 +166,9 @@ def report(trained: dict[str, list[dict]], encoded: dict[str, list[dict]], num_b
         peers = "   ".join(f"{name} {medians[name]:.2f} ({ratio:.1f}x)" for name, ratio in ratios.items())
         print(f"{title:22} ours {medians['ours']:8.2f}   {peers}")
     seconds = table["encode_seconds"]["median"]["ours"]
-    gain = table["encode_one_thread_seconds"]["median"]["ours"] / seconds
+    one, many = (table[f"encode_{which}_seconds"]["median"]["ours"] for which in ("one_thread", "again"))
     print(
-        f"{'batch encoding':22} ours {num_bytes / 1e6 / seconds:8.0f} MB/s, {gain:.2f}x one thread; "
+        f"{'batch encoding':22} ours {num_bytes / 1e6 / seconds:8.0f} MB/s, {one / many:.2f}x one thread; "
         "merges and ids equal to the peers'"
     )
     return table
