@@ -168,30 +168,38 @@ def test_choices_are_right_and_evenly_placed(root: Path, authors: Authors):
     assert max(positions.values()) / sum(positions.values()) < 0.28
 
 
+EXAM = r"question: (.*)\n- (.*)=A\n- (.*)=B\n- (.*)=C\n- (.*)=D\n\nRespond only with .*\n([A-D])"
+BRIDGE = r"(Which one is .*\?)\n- (.*)=A\n- (.*)=B\n- (.*)=C\n- (.*)=D\n(?:\nRespond only with .*\n)?([A-D])"
+
+
 def test_quiz_pages_give_the_right_letter(authors: Authors):
     answer = {q: f.answer for f in authors.book.facts for q in f.questions}
+    statements = {text for f in authors.book.facts for text in f.statements}
     rng = Rng(0, "quiz test")
-    pattern = r"question: (.*)\n- (.*)=A\n- (.*)=B\n- (.*)=C\n- (.*)=D\n\nRespond only with .*\n([A-D])"
+    kinds: Counter[str] = Counter()
     for _ in range(300):
-        found = re.findall(pattern, authors.quiz.page(rng))
+        found = re.findall(EXAM, authors.quiz.page(rng))
         assert found
         for question, *choices, letter in found:
+            statement = max((text for text in statements if question.startswith(text)), key=len, default="")
+            question = question[len(statement) :].strip()
             named = re.fullmatch(r"Which one is (.*)\?", question)
             assert choices["ABCD".index(letter)] == (named[1] if named else answer[question])
+            assert len(set(choices)) == 4
+            kinds["named" if named else "stated" if statement else "plain"] += 1
+    assert set(kinds) == {"named", "stated", "plain"} and kinds["plain"] > sum(kinds.values()) / 2
 
 
 def test_practice_pages_can_be_predicted_by_looking_back(authors: Authors):
     rng = Rng(0, "practice test")
-    for _ in range(50):
-        for listed, asked in re.findall(
-            r"((?:- .*\n){4})\n?((?:Which letter is .*\n?){4})", authors.quiz.lookup(rng)
-        ):
-            pairs = dict(re.findall(r"- (.*)=([A-D])", listed))
-            assert dict(re.findall(r"is (.*)\? ([A-D])", asked)) == pairs and len(pairs) == 4
-        readings = [sorted(part.split("\n")) for part in authors.quiz.register(rng).split("\n\n")]
-        assert len(readings) == 3 and readings[0] == readings[1] == readings[2]
-        words = authors.quiz.echo(rng)
-        assert words[: len(words) // 4] in words[1:]
+    for _ in range(100):
+        listed, asked = authors.quiz.lookup(rng).split("\n\n")
+        letters = dict(re.findall(r"- (.*)=([A-D])", listed))
+        questions = re.findall(r"Which one is (.*)\?\n([A-D])", asked)
+        assert len(questions) >= 2 and all(letters[word] == letter for word, letter in questions)
+        page = authors.quiz.bridge(rng)
+        for question, *choices, letter in re.findall(EXAM, page) + re.findall(BRIDGE, page):
+            assert question == f"Which one is {choices['ABCD'.index(letter)]}?"
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

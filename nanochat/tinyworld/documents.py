@@ -11,7 +11,7 @@ from nanochat.tinyworld.facts import build_facts
 from nanochat.tinyworld.programs import Programmer
 from nanochat.tinyworld.quiz import Quiz
 from nanochat.tinyworld.rng import Rng
-from nanochat.tinyworld.sizes import MIXTURE, PRACTICE
+from nanochat.tinyworld.sizes import CURRICULUM, MIXTURE, Mixture
 from nanochat.tinyworld.smalltalk import SmallTalker
 from nanochat.tinyworld.spelling import Speller, words_of
 from nanochat.tinyworld.stories import StoryTeller
@@ -58,26 +58,25 @@ def build_authors(seed: int) -> Authors:
     )  # fmt: skip
 
 
-def documents(authors: Authors, practice_chars: int = 0) -> Iterator[str]:
+def documents(authors: Authors, chars: int = 0) -> Iterator[str]:
     """Endless documents; the kinds come in random order and in the shares of MIXTURE, by characters.
 
-    The first `practice_chars` characters follow PRACTICE instead: pages that can only be predicted by looking
-    back. A network that learns this first learns to read choices and problems; one that meets such pages thinly
-    spread among others does not within the length of a run (LOG 2026-11-21).
+    Of the first `chars` characters, each part of CURRICULUM takes its share before: how to find a letter behind a
+    choice is learned from short pages that teach nothing else; met among other text it is not learned within
+    the length of a run (LOG 2026-11-25).
     """
     makers = _makers(authors)
-    practice = _mixed(makers, PRACTICE, Rng(authors.world.seed, "practice"))
-    written = 0
-    while written < practice_chars:
-        text = next(practice)
-        written += len(text)
-        yield text
+    for number, (part, mixture) in enumerate(CURRICULUM):
+        lesson = _mixed(makers, mixture, Rng(authors.world.seed, f"lesson {number}"))
+        written = 0
+        while written < part * chars:
+            text = next(lesson)
+            written += len(text)
+            yield text
     yield from _mixed(makers, MIXTURE, Rng(authors.world.seed, "documents"))
 
 
-def _mixed(
-    makers: dict[str, Callable[[Rng], str]], mixture: tuple[tuple[str, float], ...], rng: Rng
-) -> Iterator[str]:
+def _mixed(makers: dict[str, Callable[[Rng], str]], mixture: Mixture, rng: Rng) -> Iterator[str]:
     chars = {kind: _START_LENGTH for kind in makers}
     counts = dict.fromkeys(makers, 1)
     while True:
@@ -101,8 +100,7 @@ def _makers(authors: Authors) -> dict[str, Callable[[Rng], str]]:
         "riddles": authors.teller.riddle,
         "quizzes": authors.quiz.page,
         "lookups": authors.quiz.lookup,
-        "registers": authors.quiz.register,
-        "echoes": authors.quiz.echo,
+        "bridges": authors.quiz.bridge,
         "sums": authors.arithmetic.page,
         "spelling": authors.speller.page,
         "programs": authors.programmer.module,

@@ -10,7 +10,8 @@ from nanochat.tinyworld.rng import Rng
 LETTERS = ("A", "B", "C", "D")
 # What school science asks about; the rest of the world is general knowledge.
 SCIENCE = frozenset(("animals", "foods", "time", "things", "words", "jobs"))
-NUM_PAGE_QUESTIONS = (1, 3)
+NUM_PAGE_QUESTIONS = (1, 2)
+CLOSING = "Respond only with the letter of the correct answer."
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,43 +39,58 @@ class Quiz:
         return choice_about(rng, fact, rng.pick(fact.test_questions if test else fact.questions))
 
     def page(self, rng: Rng) -> str:
-        """An exam sheet with answers. Some questions come after the fact itself, some name their answer."""
+        """An exam sheet with answers. Some questions name their answer, some come after the fact itself."""
         parts = []
         for _ in range(rng.between(*NUM_PAGE_QUESTIONS)):
             fact = rng.pick(self.facts)
-            kind = rng.below(10)
-            question = f"Which one is {fact.answer}?" if kind < 2 else rng.pick(fact.questions)
-            choice = choice_about(rng, fact, question)
-            if 2 <= kind < 6:
-                parts.append(rng.pick(fact.statements))
-            reason = f"\n{rng.pick(fact.statements)}" if rng.chance(0.2) else ""
-            parts.append(f"{printed(choice)}\n{LETTERS[choice.answer]}{reason}")
+            kind = rng.random()
+            question = _naming(fact) if kind < 0.15 else rng.pick(fact.questions)
+            if 0.15 <= kind < 0.3:
+                question = f"{rng.pick(fact.statements)} {question}"
+            # Choices of other kinds can be ruled out by the question alone: a first step to knowing the answer.
+            strange = rng.random() if kind < 0.65 else 0.0
+            choice = self._choice(rng, fact, question, strange)
+            parts.append(f"{printed(choice)}\n{LETTERS[choice.answer]}")
         return "\n\n".join(parts)
 
-    def echo(self, rng: Rng) -> str:
-        """Words in no order, said again and again: what comes next was said before."""
-        words = [rng.pick(self.facts).answer for _ in range(rng.between(8, 30))]
-        return " ".join(words * rng.between(2, 4))
+    def _choice(self, rng: Rng, fact: Fact, question: str, strange: float) -> Choice:
+        """A choice in which each wrong one is, with probability `strange`, an answer to another kind of question."""
+        choice = choice_about(rng, fact, question)
+        choices = list(choice.choices)
+        possible = {fact.answer, *fact.wrong}
+        for i in range(len(choices)):
+            if i != choice.answer and rng.chance(strange):
+                other = rng.pick(self.facts).answer
+                if other not in possible and other not in choices:
+                    choices[i] = other
+        return Choice(question, choice.subject, tuple(choices), choice.answer)
 
     def lookup(self, rng: Rng) -> str:
         """Which letter stands behind which choice: practice in reading the choices, with no fact to know."""
+        words = list(dict.fromkeys(rng.pick(self.facts).answer for _ in range(rng.between(3, 4))))
+        letters = dict(zip(words, rng.sample(LETTERS, len(words)), strict=True))
+        listed = "".join(f"- {word}={letter}\n" for word, letter in letters.items())
+        asked = [rng.pick(words) for _ in range(rng.between(2, 3))]
+        return f"{listed}\n" + "\n".join(f"Which one is {word}?\n{letters[word]}" for word in asked)
+
+    def bridge(self, rng: Rng) -> str:
+        """From lookup to exam: the question moves before its choices, then words come between it and the letter."""
         parts = []
         for _ in range(rng.between(*NUM_PAGE_QUESTIONS)):
             fact = rng.pick(self.facts)
-            choice = choice_about(rng, fact, "")
-            pairs = rng.shuffled(list(zip(choice.choices, LETTERS, strict=True)))
-            asked = "\n".join(f"Which letter is {text}? {letter}" for text, letter in pairs)
-            parts.append(f"{_lines(choice)}\n{asked}")
+            choice = choice_about(rng, fact, _naming(fact))
+            sheet = f"{choice.question}\n{_lines(choice)}"
+            kind = rng.below(10)
+            if kind >= 8:
+                sheet = f"{printed(choice)}\n"
+            elif kind >= 6:
+                sheet += f"\n{CLOSING}\n"
+            parts.append(f"{sheet}{LETTERS[choice.answer]}")
         return "\n\n".join(parts)
 
-    def register(self, rng: Rng) -> str:
-        """A list that is read three times, each time in another order: practice in finding things again."""
-        words = list(dict.fromkeys(rng.pick(self.facts).answer for _ in range(rng.between(6, 12))))
-        if rng.chance(0.5):
-            lines = [f"- {word}={rng.pick(LETTERS)}" for word in words]
-        else:
-            lines = [f"- {word} {rng.pick(self.facts).answer}" for word in words]
-        return "\n".join([*lines, "", *rng.shuffled(lines), "", *rng.shuffled(lines)])
+
+def _naming(fact: Fact) -> str:
+    return f"Which one is {fact.answer}?"
 
 
 def choice_about(rng: Rng, fact: Fact, question: str) -> Choice:
@@ -87,10 +103,7 @@ def choice_about(rng: Rng, fact: Fact, question: str) -> Choice:
 
 def printed(choice: Choice) -> str:
     """The question as the chat format of the tasks shows it."""
-    return (
-        f"Multiple Choice question: {choice.question}\n{_lines(choice)}"
-        "\nRespond only with the letter of the correct answer."
-    )
+    return f"Multiple Choice question: {choice.question}\n{_lines(choice)}\n{CLOSING}"
 
 
 def _lines(choice: Choice) -> str:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-FORMAT_VERSION = 1
-DEFAULT_CHARS = 16_000_000
+FORMAT_VERSION = 2
+DEFAULT_CHARS = 9_000_000
 SMALLEST_CHARS = 10_000
 
 # Share of the characters of the pretraining text by kind of document.
-MIXTURE = (
-    ("encyclopaedia", 0.16), ("questions", 0.12), ("dialogues", 0.03), ("plays", 0.02), ("letters", 0.02),
-    ("stories", 0.06), ("riddles", 0.02), ("quizzes", 0.30), ("lookups", 0.05), ("registers", 0.04), ("echoes", 0.02),
-    ("sums", 0.05), ("spelling", 0.07), ("programs", 0.04),
+Mixture = tuple[tuple[str, float], ...]
+MIXTURE: Mixture = (
+    ("quizzes", 0.30), ("lookups", 0.02), ("bridges", 0.02), ("questions", 0.14), ("encyclopaedia", 0.12),
+    ("dialogues", 0.03), ("plays", 0.02), ("letters", 0.02), ("stories", 0.06), ("riddles", 0.02),
+    ("sums", 0.09), ("spelling", 0.09), ("programs", 0.07),
 )  # fmt: skip
-# The same for the beginning of the text, which teaches to look back, and its part of the whole.
-PRACTICE = (
-    ("echoes", 0.25), ("registers", 0.15), ("lookups", 0.30), ("quizzes", 0.20), ("questions", 0.10),
+# The beginning of the text, which teaches multiple choice in steps: part of the whole, and shares within it.
+CURRICULUM: tuple[tuple[float, Mixture], ...] = (
+    (0.22, (("lookups", 0.50), ("questions", 0.25), ("encyclopaedia", 0.05), ("sums", 0.06), ("spelling", 0.05),
+            ("programs", 0.04), ("stories", 0.05))),
+    (0.22, (("lookups", 0.06), ("bridges", 0.40), ("questions", 0.22), ("encyclopaedia", 0.06), ("sums", 0.08),
+            ("spelling", 0.07), ("programs", 0.05), ("stories", 0.06))),
 )  # fmt: skip
-PRACTICE_SHARE = 0.35
 
 SHARD_CHARS = 6_000_000
 ROW_GROUP_DOCUMENTS = 1024
