@@ -283,15 +283,18 @@ def cpu_plan() -> Plan:
 
 # --- TinyWorld ---------------------------------------------------------------------------------------
 
-TINY = Shape(4, vocab_size=2048, sequence_len=256, head_dim=64, window_pattern="L")
-TINY_ROWS, TINY_BATCH, TINY_STEPS, TINY_CHARS = 16, 4096, 900, 16_000_000
-_TINY_SIZES = (
-    f"--max-seq-len={TINY.sequence_len} --device-batch-size={TINY_ROWS} --total-batch-size={TINY_BATCH}"
+TINY = Shape(4, vocab_size=2048, sequence_len=128, aspect_ratio=32, head_dim=128, window_pattern="L")
+TINY_ROWS, TINY_BATCH, TINY_STEPS, TINY_CHARS = 16, 2048, 800, 6_000_000
+# The flagship's rates are for batches 256 times larger; these were found by trial (LOG 2026-11-25). Smear from the
+# start and slow scalars let the model find a letter behind a choice, with which multiple choice begins.
+_TINY_RATES = (
+    "--matrix-lr=0.32 --embedding-lr=0.16 --unembedding-lr=0.032 --scalar-lr=0.032 --smear-lr=0.002 --smear-init=1"
+    " --weight-decay=0"
 )
-# The flagship's rates are for batches 128 times larger; these were found by trial (LOG 2026-11-21).
-_TINY_RATES = "--matrix-lr=0.3 --embedding-lr=0.4 --unembedding-lr=0.06 --scalar-lr=0.3"
-
-_TINY_EVAL = "--max-new-tokens=160"
+# Conversations are longer than the rows of pretraining: half as many rows of twice the length.
+_TINY_CHAT = f"--max-seq-len={2 * TINY.sequence_len} --device-batch-size={TINY_ROWS // 2}"
+_TINY_CHAT += f" --total-batch-size={TINY_BATCH} --eval-every=-1 --save-every=200 --keep-last=2"
+_TINY_EVAL = "--max-new-tokens=224"
 
 
 def tiny_rows(seed: int, steps: int) -> list[Row]:
@@ -302,24 +305,24 @@ def tiny_rows(seed: int, steps: int) -> list[Row]:
         Row("tok_train", "learn the vocabulary", 5, ("tinyworld",),
             f"scripts.tok_train --vocab-size={TINY.vocab_size}"),
         Row("tok_eval", "measure compression", 8, ("tok_train",), "scripts.tok_eval"),
-        Row("base_train", "pretrain on the world's text", 260, ("tok_train",),
-            f"scripts.base_train --depth={TINY.depth} --head-dim={TINY.head_dim}"
-            f" --window-pattern={TINY.window_pattern} {_TINY_SIZES} {_TINY_RATES} --packing=stream"
-            f" --momentum-warmup-steps=100 --warmup-steps=20 --num-iterations={steps} --eval-every=300"
-            f" --eval-tokens=131072 --core-metric-every=-1 --sample-every=-1 --save-every=300 --keep-last=2"
-            f" --seed={seed}"),
+        Row("base_train", "pretrain on the world's text", 230, ("tok_train",),
+            f"scripts.base_train --depth={TINY.depth} --aspect-ratio={TINY.aspect_ratio}"
+            f" --head-dim={TINY.head_dim} --window-pattern={TINY.window_pattern} --max-seq-len={TINY.sequence_len}"
+            f" --device-batch-size={TINY_ROWS} --total-batch-size={TINY_BATCH} {_TINY_RATES} --packing=stream"
+            f" --momentum-warmup-steps=100 --warmup-steps=20 --warmdown-ratio=0.4 --num-iterations={steps}"
+            f" --eval-every=400 --eval-tokens=65536 --core-metric-every=-1 --sample-every=-1 --save-every=400"
+            f" --keep-last=2 --seed={seed}"),
         Row("base_eval", "CORE, bits per byte, samples", 30, ("base_train",),
-            f"scripts.base_eval --device-batch-size={TINY_ROWS} --split-tokens=131072 --max-per-task=100"),
-        Row("mid_train", "learn conversations and tools", 90, ("base_train",),
-            f"scripts.mid_train {_TINY_SIZES} --eval-every=100 --eval-tokens=65536 --save-every=100 --keep-last=2"
-            " --gsm8k-stop=800 --simple-spelling-size=1000 --spelling-bee-size=1200"),
+            f"scripts.base_eval --device-batch-size={TINY_ROWS} --split-tokens=65536 --max-per-task=100"),
+        Row("mid_train", "learn conversations and tools", 160, ("base_train",),
+            f"scripts.mid_train {_TINY_CHAT} --supervise=assistant --warmdown-ratio=0.3 --gsm8k-stop=800"
+            " --simple-spelling-size=500 --spelling-bee-size=1400 --num-iterations=460"),
         _evaluation_row("mid", "mid_train", 20, _TINY_EVAL),
-        Row("chat_sft", "finetune on answers", 110, ("mid_train",),
-            f"scripts.chat_sft {_TINY_SIZES} --eval-every=100 --eval-tokens=65536 --save-every=100 --keep-last=2"
-            " --chatcore-every=-1 --mmlu-epochs=1 --gsm8k-epochs=1 --gsm8k-stop=800 --simple-spelling-size=500"
-            " --spelling-bee-size=800"),
+        Row("chat_sft", "finetune on answers", 140, ("mid_train",),
+            f"scripts.chat_sft {_TINY_CHAT} --chatcore-every=-1 --mmlu-epochs=1 --gsm8k-epochs=1 --gsm8k-stop=800"
+            " --smoltalk-stop=2000 --simple-spelling-size=500 --spelling-bee-size=1200 --num-iterations=420"),
         _evaluation_row("sft", "chat_sft", 20, _TINY_EVAL),
-        Row("chat_rl", "reinforce correct answers", 80, ("chat_sft",),
+        Row("chat_rl", "reinforce correct answers", 60, ("chat_sft",),
             "scripts.chat_rl --num-iterations=30 --examples-per-step=16 --num-samples=8 --device-batch-size=32"
             " --max-new-tokens=96 --eval-every=15 --eval-examples=100 --eval-samples=4 --save-every=15"),
         _evaluation_row("rl", "chat_rl", 20, _TINY_EVAL),

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config(FinetuneConfig):
+    supervise: str = option(
+        "all", "targets: all tokens, or what the assistant says", choices=("all", "assistant")
+    )
     gsm8k_stop: int = option(-1, "word problems of GSM8K; -1: all")
     simple_spelling_size: int = option(200_000, "conversations that spell a word")
     spelling_bee_size: int = option(80_000, "conversations that count letters")
@@ -25,7 +28,7 @@ class Config(FinetuneConfig):
 
 def main(cfg: Config) -> None:
     """Mid-training: teach a base model conversations, multiple choice and tool use."""
-    finetune(cfg, "mid", "Midtraining", lambda: mixture(cfg), mask=False)
+    finetune(cfg, "mid", "Midtraining", lambda: mixture(cfg), mask=cfg.supervise == "assistant")
 
 
 def mixture(cfg: Config) -> tuple[TaskMixture, TaskMixture]:

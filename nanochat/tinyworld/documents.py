@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from nanochat.tinyworld import sizes
 from nanochat.tinyworld.cast import build_cast
 from nanochat.tinyworld.encyclopaedia import Encyclopaedia
 from nanochat.tinyworld.facts import build_facts
 from nanochat.tinyworld.programs import Programmer
 from nanochat.tinyworld.quiz import Quiz
 from nanochat.tinyworld.rng import Rng
-from nanochat.tinyworld.sizes import CURRICULUM, MIXTURE, Mixture
+from nanochat.tinyworld.sizes import Mixture
 from nanochat.tinyworld.smalltalk import SmallTalker
 from nanochat.tinyworld.spelling import Speller, words_of
 from nanochat.tinyworld.stories import StoryTeller
@@ -48,32 +49,29 @@ def build_authors(seed: int) -> Authors:
     book, teller = Encyclopaedia(world, facts), StoryTeller(cast)
     talker = Talker(cast, book)
     programmer = Programmer([person.name for person in world.people])
+    quiz = Quiz(facts)
     rng = Rng(seed, "vocabulary")
     texts = [text for fact in facts for text in (*fact.statements, *fact.questions)]
     for author in (teller.story, talker.letter, talker.dialogue):
         texts += [author(rng) for _ in range(_VOCABULARY_SAMPLES)]
     return Authors(
-        world, book, teller, talker, Arithmetic(cast), programmer, Quiz(facts),
-        SmallTalker(world, book, teller, programmer), Speller(words_of(texts)),
+        world, book, teller, talker, Arithmetic(cast), programmer, quiz,
+        SmallTalker(world, book, teller, programmer, quiz), Speller(words_of(texts)),
     )  # fmt: skip
 
 
 def documents(authors: Authors, chars: int = 0) -> Iterator[str]:
     """Endless documents; the kinds come in random order and in the shares of MIXTURE, by characters.
 
-    Of the first `chars` characters, each part of CURRICULUM takes its share before: how to find a letter behind a
-    choice is learned from short pages that teach nothing else; met among other text it is not learned within
-    the length of a run (LOG 2026-11-25).
+    The first part of `chars` characters is nothing but lookups: how to find a letter behind a choice is learned from
+    short pages of one kind; met among other text it is not learned within the length of a run (LOG 2026-11-25).
     """
-    makers = _makers(authors)
-    for number, (part, mixture) in enumerate(CURRICULUM):
-        lesson = _mixed(makers, mixture, Rng(authors.world.seed, f"lesson {number}"))
-        written = 0
-        while written < part * chars:
-            text = next(lesson)
-            written += len(text)
-            yield text
-    yield from _mixed(makers, MIXTURE, Rng(authors.world.seed, "documents"))
+    rng, written = Rng(authors.world.seed, "lookups"), 0
+    while written < sizes.LOOKUP_LESSON * chars:
+        text = authors.quiz.lookup(rng)
+        written += len(text)
+        yield text
+    yield from _mixed(_makers(authors), sizes.MIXTURE, Rng(authors.world.seed, "documents"))
 
 
 def _mixed(makers: dict[str, Callable[[Rng], str]], mixture: Mixture, rng: Rng) -> Iterator[str]:
@@ -93,6 +91,7 @@ def _makers(authors: Authors) -> dict[str, Callable[[Rng], str]]:
     return {
         "encyclopaedia": authors.book.entry,
         "questions": authors.book.questions_page,
+        "quick questions": authors.book.quick_questions,
         "dialogues": authors.talker.dialogue,
         "plays": authors.talker.play,
         "letters": authors.talker.letter,
@@ -100,7 +99,6 @@ def _makers(authors: Authors) -> dict[str, Callable[[Rng], str]]:
         "riddles": authors.teller.riddle,
         "quizzes": authors.quiz.page,
         "lookups": authors.quiz.lookup,
-        "bridges": authors.quiz.bridge,
         "sums": authors.arithmetic.page,
         "spelling": authors.speller.page,
         "programs": authors.programmer.module,

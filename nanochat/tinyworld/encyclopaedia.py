@@ -81,6 +81,11 @@ class Encyclopaedia:
             lines.append(f"Question: {rng.pick(fact.questions)}\nAnswer: {reply}")
         return "\n\n".join(lines)
 
+    def quick_questions(self, rng: Rng) -> str:
+        """Many questions about anything, each with its bare answer."""
+        facts = [rng.pick(self.facts) for _ in range(rng.between(6, 12))]
+        return "\n".join(f"{rng.pick(fact.questions)}\n{fact.answer}" for fact in facts)
+
 
 def tell_facts(rng: Rng, facts: list[Fact]) -> list[str]:
     """One sentence per fact; the subject may become a pronoun once its own name has been said."""

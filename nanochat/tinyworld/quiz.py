@@ -31,6 +31,7 @@ class Quiz:
         self.facts = facts
         self.easy = tuple(fact for fact in facts if fact.topic in SCIENCE and not fact.two_hop)
         self.hard = tuple(fact for fact in facts if fact.two_hop)
+        self._answers = tuple(dict.fromkeys(fact.answer for fact in facts))
         self._tested = {id(group): _with_tests(group) for group in (self.facts, self.easy, self.hard)}
 
     def question(self, rng: Rng, facts: tuple[Fact, ...], test: bool = False) -> Choice:
@@ -44,11 +45,11 @@ class Quiz:
         for _ in range(rng.between(*NUM_PAGE_QUESTIONS)):
             fact = rng.pick(self.facts)
             kind = rng.random()
-            question = _naming(fact) if kind < 0.15 else rng.pick(fact.questions)
+            question = _naming(fact.answer) if kind < 0.15 else rng.pick(fact.questions)
             if 0.15 <= kind < 0.3:
                 question = f"{rng.pick(fact.statements)} {question}"
             # Choices of other kinds can be ruled out by the question alone: a first step to knowing the answer.
-            strange = rng.random() if kind < 0.65 else 0.0
+            strange = rng.random() if rng.chance(0.5) else 0.0
             choice = self._choice(rng, fact, question, strange)
             parts.append(f"{printed(choice)}\n{LETTERS[choice.answer]}")
         return "\n\n".join(parts)
@@ -66,31 +67,42 @@ class Quiz:
         return Choice(question, choice.subject, tuple(choices), choice.answer)
 
     def lookup(self, rng: Rng) -> str:
-        """Which letter stands behind which choice: practice in reading the choices, with no fact to know."""
-        words = list(dict.fromkeys(rng.pick(self.facts).answer for _ in range(rng.between(3, 4))))
-        letters = dict(zip(words, rng.sample(LETTERS, len(words)), strict=True))
+        """Which letter stands behind which choice: practice in reading the choices, with no fact to know.
+
+        All words are equally likely, so that pages which share a row of the batch rarely contradict each other.
+        Some pages repeat letters: copying any letter then pays before the right one can be found.
+        """
+        listed, asked = self._listed(rng)
+        return f"{listed}\n" + "\n".join(f"{question}\n{letter}" for question, letter in asked)
+
+    def practice(self, rng: Rng) -> list[tuple[str, str]]:
+        """Questions that name their answer, and the letter to say; the choices come first or, harder, last."""
+        kind = rng.random()
+        if kind < 0.2:
+            listed, asked = self._listed(rng)
+            (question, letter), *others = asked
+            return [(f"{listed}\n{question}", letter), *others]
+        turns = []
+        for _ in range(rng.between(1, 3)):
+            fact = rng.pick(self.facts)
+            choice = choice_about(rng, fact, _naming(fact.answer))
+            sheet = printed(choice) if kind < 0.5 else f"{choice.question}\n{_lines(choice)}".rstrip()
+            turns.append((sheet, LETTERS[choice.answer]))
+        return turns
+
+    def _listed(self, rng: Rng) -> tuple[str, list[tuple[str, str]]]:
+        """Lines of choices with letters, and questions about them with the letters to say."""
+        words = rng.sample(self._answers, rng.between(3, 4))
+        repeated = rng.chance(0.3)
+        drawn = [rng.pick(LETTERS) for _ in words] if repeated else rng.sample(LETTERS, len(words))
+        letters = dict(zip(words, drawn, strict=True))
         listed = "".join(f"- {word}={letter}\n" for word, letter in letters.items())
         asked = [rng.pick(words) for _ in range(rng.between(2, 3))]
-        return f"{listed}\n" + "\n".join(f"Which one is {word}?\n{letters[word]}" for word in asked)
-
-    def bridge(self, rng: Rng) -> str:
-        """From lookup to exam: the question moves before its choices, then words come between it and the letter."""
-        parts = []
-        for _ in range(rng.between(*NUM_PAGE_QUESTIONS)):
-            fact = rng.pick(self.facts)
-            choice = choice_about(rng, fact, _naming(fact))
-            sheet = f"{choice.question}\n{_lines(choice)}"
-            kind = rng.below(10)
-            if kind >= 8:
-                sheet = f"{printed(choice)}\n"
-            elif kind >= 6:
-                sheet += f"\n{CLOSING}\n"
-            parts.append(f"{sheet}{LETTERS[choice.answer]}")
-        return "\n\n".join(parts)
+        return listed, [(_naming(word), letters[word]) for word in asked]
 
 
-def _naming(fact: Fact) -> str:
-    return f"Which one is {fact.answer}?"
+def _naming(answer: str) -> str:
+    return f"Which one is {answer}?"
 
 
 def choice_about(rng: Rng, fact: Fact, question: str) -> Choice:

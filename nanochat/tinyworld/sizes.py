@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 FORMAT_VERSION = 2
-DEFAULT_CHARS = 9_000_000
+DEFAULT_CHARS = 6_000_000
 SMALLEST_CHARS = 10_000
 
 # Share of the characters of the pretraining text by kind of document.
 Mixture = tuple[tuple[str, float], ...]
 MIXTURE: Mixture = (
-    ("quizzes", 0.30), ("lookups", 0.02), ("bridges", 0.02), ("questions", 0.14), ("encyclopaedia", 0.12),
-    ("dialogues", 0.03), ("plays", 0.02), ("letters", 0.02), ("stories", 0.06), ("riddles", 0.02),
-    ("sums", 0.09), ("spelling", 0.09), ("programs", 0.07),
+    ("quick questions", 0.34), ("questions", 0.05), ("encyclopaedia", 0.08), ("lookups", 0.10), ("quizzes", 0.04),
+    ("dialogues", 0.02), ("plays", 0.01), ("letters", 0.01), ("stories", 0.04), ("riddles", 0.01),
+    ("sums", 0.10), ("spelling", 0.12), ("programs", 0.08),
 )  # fmt: skip
-# The beginning of the text, which teaches multiple choice in steps: part of the whole, and shares within it.
-CURRICULUM: tuple[tuple[float, Mixture], ...] = (
-    (0.22, (("lookups", 0.50), ("questions", 0.25), ("encyclopaedia", 0.05), ("sums", 0.06), ("spelling", 0.05),
-            ("programs", 0.04), ("stories", 0.05))),
-    (0.22, (("lookups", 0.06), ("bridges", 0.40), ("questions", 0.22), ("encyclopaedia", 0.06), ("sums", 0.08),
-            ("spelling", 0.07), ("programs", 0.05), ("stories", 0.06))),
-)  # fmt: skip
+# The beginning of the text, which is nothing but practice in finding a letter behind a choice: part of the whole.
+LOOKUP_LESSON = 0.20
 
 SHARD_CHARS = 6_000_000
 ROW_GROUP_DOCUMENTS = 1024
