@@ -77,13 +77,13 @@ def test_lone_surrogates_are_replaced_as_tiktoken_does(trained: rustbpe.Tokenize
 
 def test_batches_equal_single_texts(trained: rustbpe.Tokenizer) -> None:
     texts = ["", *corpus(2, 500), ""]
-    rows = [trained.encode(text) for text in texts]
+    rows, last = [trained.encode(text) for text in texts], trained.vocab_size - 1
     assert trained.batch_encode(iter(texts)) == rows
     for num_threads in (1, 3, None):
-        ids, offsets = trained.encode_batch_arrays(texts, prepend=7, append=499, num_threads=num_threads)
+        ids, offsets = trained.encode_batch_arrays(texts, prepend=7, append=last, num_threads=num_threads)
         assert ids.dtype == np.uint16 and offsets.dtype == np.int64 and ids.flags.writeable
         framed = [ids[a:b].tolist() for a, b in pairwise(offsets)]
-        assert framed == [[7, *row, 499] for row in rows]
+        assert framed == [[7, *row, last] for row in rows]
     ids, offsets = trained.encode_batch_arrays(iter([]))
     assert len(ids) == 0 and offsets.tolist() == [0]
 
