@@ -77,11 +77,11 @@ class Vocabulary:
                 f"{directory / RANKS_FILE} is damaged, or saving was interrupted (its hash is not that in"
                 f" {CONFIG_FILE}); run python -m scripts.tok_train"
             )
-        found = [config.get(key) for key in ("pattern", "special_tokens", "name")]
-        if [type(value) for value in found] != [str, dict, str]:
+        pattern, special, name = (config.get(key) for key in ("pattern", "special_tokens", "name"))
+        if not (isinstance(pattern, str) and isinstance(special, dict) and isinstance(name, str)):
             raise UserError(f"{directory / CONFIG_FILE} is damaged: it lacks pattern, special_tokens or name")
         try:
-            return cls(_parse_ranks(blob), *found)
+            return cls(_parse_ranks(blob), pattern, special, name)
         except ValueError as error:
             raise UserError(f"{directory / RANKS_FILE} is damaged: {error}") from None
 
