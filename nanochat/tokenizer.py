@@ -65,7 +65,7 @@ class Vocabulary:
                     f"no tokenizer in {directory} ({name} is missing); run python -m scripts.tok_train"
                 )
         config = read_json(directory / CONFIG_FILE)
-        version = config.get("format_version")
+        version = config.get("format_version") if isinstance(config, dict) else None
         if version != FORMAT_VERSION:
             raise UserError(
                 f"{directory / CONFIG_FILE} has format {version}; this code reads {FORMAT_VERSION}"
@@ -74,9 +74,16 @@ class Vocabulary:
         # The hash also catches a pair of files from two different trainings.
         if hashlib.sha256(blob).hexdigest() != config.get("ranks_sha256"):
             raise UserError(
-                f"{directory / RANKS_FILE} is damaged (wrong hash); run python -m scripts.tok_train"
+                f"{directory / RANKS_FILE} is damaged, or saving was interrupted (its hash is not that in"
+                f" {CONFIG_FILE}); run python -m scripts.tok_train"
             )
-        return cls(_parse_ranks(blob), config["pattern"], config["special_tokens"], config["name"])
+        pattern, special, name = (config.get(key) for key in ("pattern", "special_tokens", "name"))
+        if not (isinstance(pattern, str) and isinstance(special, dict) and isinstance(name, str)):
+            raise UserError(f"{directory / CONFIG_FILE} is damaged: it lacks pattern, special_tokens or name")
+        try:
+            return cls(_parse_ranks(blob), pattern, special, name)
+        except ValueError as error:
+            raise UserError(f"{directory / RANKS_FILE} is damaged: {error}") from None
 
     def save(self, directory: str | Path) -> None:
         """Write the ranks in tiktoken's text format, then the configuration with their hash."""
@@ -136,8 +143,14 @@ class RustBPETokenizer(Tokenizer):
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> RustBPETokenizer:
-        """Load what `save` wrote."""
-        return cls(Vocabulary.load(directory))
+        """Load what `save` wrote; UserError if that cannot be."""
+        vocabulary = Vocabulary.load(directory)
+        if "<|bos|>" not in vocabulary.special_tokens:
+            raise UserError(f"the tokenizer in {directory} has no special token <|bos|>")
+        try:
+            return cls(vocabulary)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the tokenizer in {directory} is damaged: {error}") from None
 
     @classmethod
     def from_pretrained(cls, name: str) -> RustBPETokenizer:
@@ -206,7 +219,7 @@ class RustBPETokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; invalid UTF-8 becomes U+FFFD, special tokens become their strings."""
-        return self._core.decode_bytes(ids).decode("utf-8", errors="replace")
+        return self._core.decode(ids, errors="replace")
 
     def decode_single_token_bytes(self, token: int) -> bytes:
         """The bytes a token stands for; for a special token those of its string."""

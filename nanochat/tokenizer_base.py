@@ -22,6 +22,7 @@ SPECIAL_TOKENS = (
     "<|output_start|>", "<|output_end|>",  # what the tool answered
 )  # fmt: skip
 
+# The crate's NANOCHAT_PATTERN, here too so that importing this module loads nothing (a test compares them):
 # GPT-4's pattern with digit groups of at most two: at a vocabulary of 32K and depth 12 the validation bpb is
 # 0.969 for groups of one, 0.965 for two, 0.972 for three.
 SPLIT_PATTERN = (
@@ -84,7 +85,7 @@ class Tokenizer(ABC):
         """Ids of a text, or a list of ids for each text of a list. Special tokens in it are plain characters.
 
         prepend and append are an id or the string of a special token, added to every row.
-        Raises ValueError if text is neither a string nor a list of strings.
+        Raises ValueError if text is neither a string nor a list of strings, or an id is no token's.
         """
         first, last = self._token_id(prepend), self._token_id(append)
         if isinstance(text, str):
@@ -97,7 +98,11 @@ class Tokenizer(ABC):
     __call__ = encode
 
     def _token_id(self, token: int | str | None) -> int | None:
-        return self._special_id(token) if isinstance(token, str) else token
+        if isinstance(token, str):
+            return self._special_id(token)
+        if token is not None:
+            self.decode_single_token_bytes(token)  # fails for an id that is no token's
+        return token
 
     def _special_id(self, text: str) -> int:
         token = self.encode_special(text)

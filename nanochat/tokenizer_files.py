@@ -38,8 +38,7 @@ def write_tokenizer_json(vocabulary: Vocabulary, path: str | Path) -> None:
 
 def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
     """The content of tokenizer.json: split pattern, ids, merges by rank, special tokens."""
-    alphabet = byte_level_alphabet()
-    names = {rank: "".join(alphabet[byte] for byte in token) for token, rank in vocabulary.ranks.items()}
+    names = _names(vocabulary)
     special = sorted(vocabulary.special_tokens.items(), key=lambda item: item[1])
     split = {
         "type": "Split", "pattern": {"Regex": vocabulary.pattern}, "behavior": "Isolated", "invert": False,
@@ -61,12 +60,20 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _names(vocabulary: Vocabulary) -> dict[int, str]:
+    """Every learned token as the byte-level alphabet spells it, by id."""
+    alphabet = byte_level_alphabet()
+    return {rank: "".join(alphabet[byte] for byte in token) for token, rank in vocabulary.ranks.items()}
+
+
 def _special_entries(vocabulary: Vocabulary) -> dict[str, int]:
     """Special tokens that must also stand in the model's vocabulary, because its ids leave a gap before them.
 
     The library numbers other special tokens on from the last id, whatever their own ids say.
     """
     special, num_learned = vocabulary.special_tokens, len(vocabulary.ranks)
+    if spelled := special.keys() & set(_names(vocabulary).values()):
+        raise UserError(f"tokenizer.json cannot tell the special tokens {spelled} from learned ones")
     if sorted(special.values()) == list(range(num_learned, num_learned + len(special))):
         return {}
     for text in special:
@@ -78,8 +85,9 @@ def _special_entries(vocabulary: Vocabulary) -> dict[str, int]:
 def _is_one_piece(text: str, pattern: str) -> bool:
     import rustbpe
 
-    ranks = [*((bytes([byte]), byte) for byte in range(256)), (text.encode(), 256)]
-    return rustbpe.Tokenizer.from_ranks(ranks, pattern).encode_ordinary(text) == [256]
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    token = ranks.setdefault(text.encode(), 256)
+    return rustbpe.Tokenizer.from_ranks(ranks.items(), pattern).encode_ordinary(text) == [token]
 
 
 def _merges(vocabulary: Vocabulary) -> list[tuple[int, int, int]]:
@@ -103,9 +111,15 @@ def read_tokenizer_json(path: str | Path) -> Vocabulary:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is not a byte-level BPE that nanochat can read: {error}") from None
     _check(vocabulary, path)
-    alphabet = byte_level_alphabet()
-    names = {rank: "".join(alphabet[byte] for byte in token) for token, rank in vocabulary.ranks.items()}
-    found = [(names[left], names[right]) for left, right, _ in _merges(vocabulary)]
+    names, merges = _names(vocabulary), _merges(vocabulary)
+    if not content["model"].get("ignore_merges"):
+        merged = {token for _, _, token in merges}
+        for token, rank in vocabulary.ranks.items():
+            if len(token) > 1 and rank not in merged:
+                raise UserError(
+                    f"{path} has the token {names[rank]!r}, which no merge gives; nanochat's would"
+                )
+    found = [(names[left], names[right]) for left, right, _ in merges]
     # A file may list further pairs that spell a token but never meet; those that do must be in our order.
     wanted = set(found)
     if [pair for pair in pairs if pair in wanted] != found:
@@ -125,6 +139,11 @@ def _vocabulary(content: dict[str, Any]) -> Vocabulary:
         raise ValueError("it changes the text or splits it a second time")
     if split["behavior"] != "Isolated" or split["invert"]:
         raise ValueError("its Split step is not an isolated one")
+    for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise ValueError(f"it has {key} {model[key]!r}")
+    if plain := [token["content"] for token in content["added_tokens"] if not token.get("special")]:
+        raise ValueError(f"its added tokens {plain} are not special, so they are found in any text")
     special = {token["content"]: token["id"] for token in content["added_tokens"]}
     byte_of = {char: byte for byte, char in enumerate(byte_level_alphabet())}
     ranks = {

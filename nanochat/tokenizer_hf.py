@@ -106,9 +106,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode_single_token_bytes(self, token: int) -> bytes:
         """The bytes a token stands for; for a special token those of its string."""
-        name = self.tokenizer.id_to_token(token)
+        name = self.tokenizer.id_to_token(token) if 0 <= token < 1 << 32 else None
         if name is None:
-            raise ValueError(f"{token} is not a token")
+            raise ValueError(f"no token has id {token}")
         if token in self.tokenizer.get_added_tokens_decoder():
             return name.encode()
         return bytes(map(byte_level_alphabet().index, name))

@@ -105,6 +105,11 @@ def test_every_scalar_value_equals_tiktoken(trained: rustbpe.Tokenizer, shape: s
     assert_every_scalar_equals_tiktoken(trained, shape)
 
 
+def test_every_scalar_value_with_the_other_pattern(trained: rustbpe.Tokenizer) -> None:
+    tokenizer = rustbpe.Tokenizer.from_ranks(trained.get_mergeable_ranks(), GPT4_PATTERN)
+    assert_every_scalar_equals_tiktoken(tokenizer, "7{}a' {}")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["{}", "a{}", "7{}", "{}'s", "!{}", "\n{}", "{}\n", " {}", "{} ", "{}{}"])
 def test_every_scalar_value_in_further_positions(trained: rustbpe.Tokenizer, shape: str) -> None:
@@ -114,4 +119,4 @@ def test_every_scalar_value_in_further_positions(trained: rustbpe.Tokenizer, sha
 def assert_every_scalar_equals_tiktoken(trained: rustbpe.Tokenizer, shape: str) -> None:
     scalars = (chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
     text = "".join(shape.replace("{}", scalar) for scalar in scalars)
-    assert trained.encode(text) == as_tiktoken(trained).encode_ordinary(text)
+    assert trained.encode(text) == as_tiktoken(trained, trained.get_pattern()).encode_ordinary(text)

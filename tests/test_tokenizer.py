@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -69,6 +72,17 @@ def test_prepend_and_append_golden(smallest):
     assert smallest.encode("", prepend="<|bos|>") == [256]
     assert smallest("a", append="<|output_end|>") == [97, 264]
     assert smallest.encode([]) == []
+
+
+@pytest.mark.parametrize("unknown", [-1, 265, 2**40, 2**70])
+@pytest.mark.parametrize("name", ["smallest", "hugging_face"])
+def test_ids_of_no_token_are_a_value_error(name, unknown, request):
+    tokenizer = request.getfixturevalue(name)
+    unknown += tokenizer.get_vocab_size() - 265 if unknown == 265 else 0
+    for text in ("a", ["a"]):
+        for position in ("prepend", "append"):
+            with pytest.raises(ValueError, match=f"no token has id {unknown}"):
+                tokenizer.encode(text, **{position: unknown})
 
 
 def test_special_strings_are_plain_text_golden(smallest):
@@ -227,6 +241,49 @@ def test_damaged_files_are_a_user_error(trained, tmp_path):
         get_tokenizer(tmp_path)
 
 
+def test_a_save_that_was_killed_between_its_files_is_noticed(trained, smallest, tmp_path, monkeypatch):
+    trained.save(tmp_path)
+    monkeypatch.setattr("nanochat.tokenizer.write_json", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        smallest.save(tmp_path)
+    with pytest.raises(UserError, match="saving was interrupted"):
+        get_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda config: [], "format None"),
+        (lambda config: config.pop("pattern") and config, "lacks pattern"),
+        (lambda config: config | {"special_tokens": []}, "lacks pattern, special_tokens"),
+        (lambda config: config | {"name": 5}, "or name"),
+        (lambda config: config.pop("ranks_sha256") and config, "hash"),
+        (lambda config: config | {"pattern": "("}, "invalid split pattern"),
+        (lambda config: config | {"special_tokens": {}}, r"no special token <\|bos\|>"),
+        (lambda config: config | {"special_tokens": {"<|bos|>": "x"}}, "damaged"),
+        (lambda config: config | {"special_tokens": {"<|bos|>": -1}}, "cannot have id -1"),
+        (lambda config: config | {"special_tokens": {"<|bos|>": 0}}, "occurs twice"),
+    ],
+)
+def test_a_damaged_configuration_is_a_user_error(trained, tmp_path, edit, message):
+    trained.save(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(edit(json.loads(path.read_text()))))
+    with pytest.raises(UserError, match=message):
+        get_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("ranks", [b"YQ== 0 Yg==", b"YQ== x", b"a 0", b"YQ== 0"])
+def test_ranks_that_are_none_are_a_user_error(trained, tmp_path, ranks):
+    trained.save(tmp_path)
+    (tmp_path / "ranks.tiktoken").write_bytes(ranks)
+    path = tmp_path / "tokenizer_config.json"
+    digest = hashlib.sha256(ranks).hexdigest()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ranks_sha256": digest}))
+    with pytest.raises(UserError, match="is damaged"):
+        get_tokenizer(tmp_path)
+
+
 @pytest.mark.slow
 def test_loading_32k_tokens_is_quick(tmp_path):
     ranks = {bytes([b]): b for b in range(256)}
@@ -330,6 +387,12 @@ def test_hugging_face_names_and_bytes_of_tokens(hugging_face):
     assert hugging_face.decode_single_token_bytes(0) == b"<|bos|>"
     every_byte = {hugging_face.decode_single_token_bytes(token) for token in range(9, 265)}
     assert every_byte == {bytes([byte]) for byte in range(256)}
+
+
+def test_the_pattern_is_the_crates():
+    import rustbpe
+
+    assert SPLIT_PATTERN == rustbpe.NANOCHAT_PATTERN
 
 
 # --- imports -----------------------------------------------------------------------------------------

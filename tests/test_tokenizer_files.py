@@ -53,6 +53,15 @@ def test_a_vocabulary_that_tokenizer_json_cannot_express(foreign, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("text", "message"), [("\n", "no special token"), ("a", "cannot tell"), ("Ġt", "cannot tell")]
+)
+def test_special_tokens_that_tokenizer_json_cannot_express(foreign, tmp_path, text, message):
+    vocabulary = replace(foreign.vocabulary, special_tokens={text: 300})
+    with pytest.raises(UserError, match=message):
+        write_tokenizer_json(vocabulary, tmp_path / "tokenizer.json")
+
+
 def test_special_tokens_of_a_text_are_read_where_asked_for(trained, tmp_path):
     import tokenizers
 
@@ -91,6 +100,29 @@ def edited(path: Path, edit) -> Path:
     return path
 
 
+def _without_merge(content: dict) -> dict:
+    """The model of a tokenizer.json, to which a token is added that is only ever a whole piece."""
+    content["model"]["vocab"]["qqqq"] = 10_000
+    return content["model"]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda c: c["model"].update(ignore_merges=False),  # all tokens are merged here
+        lambda c: c["model"].pop("ignore_merges"),
+        _without_merge,  # whole pieces are looked up
+        lambda c: c["model"].update(dropout=0.0, continuing_subword_prefix="", end_of_word_suffix=""),
+    ],
+)
+def test_harmless_differences_are_read(trained, tmp_path, edit):
+    write_tokenizer_json(trained.vocabulary, tmp_path / "tokenizer.json")
+    ours = RustBPETokenizer(read_tokenizer_json(edited(tmp_path / "tokenizer.json", edit)))
+    theirs = HuggingFaceTokenizer.from_directory(tmp_path)
+    for text in ["qqqq", *corpus(1, 50)]:
+        assert theirs.encode(text) == ours.encode(text)
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -104,6 +136,17 @@ def edited(path: Path, edit) -> Path:
         (lambda c: c["model"]["vocab"].update({"<": 10**9}), "too large"),
         (lambda c: c["model"]["merges"].reverse(), "order"),
         (lambda c: c["model"]["merges"].pop(), "order"),
+        (lambda c: c["model"].update(dropout=0.1), "dropout 0.1"),
+        (lambda c: c["model"].update(unk_token="a"), "unk_token 'a'"),
+        (lambda c: c["model"].update(continuing_subword_prefix="##"), "continuing_subword_prefix '##'"),
+        (lambda c: c["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix '</w>'"),
+        (
+            lambda c: c["added_tokens"][3].update(special=False),
+            r"\['<\|assistant_start\|>'\] are not special",
+        ),
+        (lambda c: c["added_tokens"][8].pop("special"), "are not special"),
+        (lambda c: _without_merge(c).update(ignore_merges=False), "'qqqq', which no merge gives"),
+        (lambda c: _without_merge(c).pop("ignore_merges"), "'qqqq', which no merge gives"),
     ],
 )
 def test_other_tokenizers_are_refused(trained, tmp_path, edit, message):

@@ -4,7 +4,8 @@ Every measurement runs in a fresh process; the peers (PyPI's rustbpe 0.1.0, toke
 virtual environments of their own, made on first use. The libraries take turns within each repeat, and
 the table shows medians and ratios; processor time is there for machines that are busy with other things.
 Training streams the text from a file, so its peak memory is that of the trainer. The merges must equal
-rustbpe 0.1.0's and the ids tiktoken's, or the run fails.
+rustbpe 0.1.0's and the ids of every document tiktoken's, or the run fails. Less than 100 MB of text only
+counts as a try, which must be asked for with --megabytes.
 """
 
 from __future__ import annotations
@@ -19,15 +20,18 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from nanochat.common import UserError, get_base_dir, print0, whole_file
 from nanochat.configurator import as_dict, option, run
+from nanochat.tokenizer import SPLIT_PATTERN
 
 CHILD = Path(__file__).with_name("bpe_child.py")
 SHARED_TEXT = Path(__file__).parents[3] / "shared" / "data" / "text"
 PEERS = {"rustbpe 0.1.0": "rustbpe==0.1.0", "tokenizers": "tokenizers", "tiktoken": "tiktoken"}
-STDLIB_BYTES = 120_000_000
+FALLBACK_BYTES = 120_000_000
+ENOUGH_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Config:
     repeats: int = option(3, "measurements of each library; the median counts")
     threads: int = option(0, "threads of every library; 0 = one per core")
     vocab_size: int = option(32_768, "number of tokens to learn, the 256 bytes included")
-    megabytes: int = option(0, "use at most this much text; 0 = all")
+    megabytes: int = option(0, "use at most this much text; 0 = all, which must be 100 MB")
 
 
 def main(cfg: Config) -> None:
@@ -45,16 +49,25 @@ def main(cfg: Config) -> None:
     threads = cfg.threads or len(os.sched_getaffinity(0))
     text, source = folder / "text.bin", write_text(folder / "text.bin", cfg.megabytes)
     num_bytes = text.stat().st_size
+    enough = num_bytes >= ENOUGH_BYTES
+    if not enough and not cfg.megabytes:
+        raise UserError(
+            f"{num_bytes / 1e6:.0f} MB of {source} are too little; 100 MB count, --megabytes tries"
+        )
     print0(
         f"{num_bytes / 1e6:.0f} MB of {source}, {threads} threads, {platform.processor() or platform.machine()}"
     )
     pythons = {"ours": sys.executable} | {name: environment(folder, name) for name in PEERS}
-    job = {"text": str(text), "vocab_size": cfg.vocab_size, "threads": threads}
+    job = {"text": str(text), "pattern": SPLIT_PATTERN, "vocab_size": cfg.vocab_size, "threads": threads}
     trained = measure(pythons, ["ours", "rustbpe 0.1.0", "tokenizers"], job | {"work": "train"}, cfg, folder)
     encoded = measure(pythons, ["ours", "tiktoken"], job | {"work": "encode"}, cfg, folder)
     check_equal(trained, "rustbpe 0.1.0", "merges")
     check_equal(encoded, "tiktoken", "ids")
-    result = as_dict(cfg) | {"bytes": num_bytes, "source": source, "threads": threads}
+    versions = {name: rows[0]["version"] for name, rows in (trained | encoded).items()}
+    result = as_dict(cfg) | {
+        "bytes": num_bytes, "source": source, "enough_text": enough, "threads": threads,
+        "versions": versions, "machine": platform.processor() or platform.machine(),
+    }  # fmt: skip
     print(json.dumps(result | report(trained, encoded, num_bytes)))
 
 
@@ -62,7 +75,7 @@ def write_text(path: Path, megabytes: int) -> str:
     """Write the documents of the benchmark, NUL between them; returns what they are."""
     limit = megabytes * 1_000_000 or (1 << 62)
     shared = sorted(SHARED_TEXT.glob("*.parquet"))
-    texts = parquet_texts(shared) if shared else python_sources()
+    texts = parquet_texts(shared) if shared else fallback_texts()
     size = 0
     with whole_file(path) as file:
         for text in texts:
@@ -70,7 +83,7 @@ def write_text(path: Path, megabytes: int) -> str:
             if size + len(data) > limit:
                 break
             size += file.write(data if size == 0 else b"\0" + data)
-    return "shared pretraining text" if shared else "Python sources"
+    return "shared pretraining text" if shared else "TinyWorld and Python's standard library"
 
 
 def parquet_texts(paths: list[Path]) -> Iterator[str]:
@@ -81,16 +94,23 @@ def parquet_texts(paths: list[Path]) -> Iterator[str]:
             yield from batch.column("text").to_pylist()
 
 
-def python_sources() -> Iterator[str]:
-    """Sources of the standard library and installed packages, about 120 MB if there are so many."""
+def fallback_texts() -> Iterator[str]:
+    """The standard library's sources, then TinyWorld up to 120 MB."""
+    from nanochat.tinyworld.documents import build_authors, documents
+
     size = 0
-    for name in ("stdlib", "purelib"):
-        for path in sorted(Path(sysconfig.get_paths()[name]).rglob("*.py")):
-            text = path.read_text(encoding="utf-8", errors="ignore")
-            size += len(text)
-            yield text
-            if size > STDLIB_BYTES:
-                return
+    for text in chain(standard_library(), documents(build_authors(seed=0))):
+        size += len(text)
+        yield text
+        if size > FALLBACK_BYTES:
+            return
+
+
+def standard_library() -> Iterator[str]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        if "site-packages" not in path.relative_to(root).parts:
+            yield path.read_text(encoding="utf-8", errors="ignore")
 
 
 def environment(folder: Path, name: str) -> str:
@@ -127,10 +147,8 @@ def measure(
         for name in names:
             # Everyone encodes with the ranks that ours has learned.
             learner = name if job["work"] == "train" else "ours"
-            details = {
-                "library": name.split()[0],
-                "ranks": str(folder / f"ranks-{learner.replace(' ', '-')}"),
-            }
+            ranks = folder / f"ranks-{learner.replace(' ', '-')}"
+            details = {"library": name.split()[0], "ranks": str(ranks)}
             environ = {"RAYON_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "true"}
             output = call([pythons[name], str(CHILD), json.dumps(job | details)], **environ)
             results[name].append(json.loads(output.splitlines()[-1]))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.metadata
 import json
 import logging
 import resource
@@ -14,12 +15,11 @@ import sys
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from typing import TypeVar
 
-PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
-    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-)
+Ranks = list[tuple[bytes, int]]
+Rows = Iterable[list[int]]
 Result = TypeVar("Result")
 SHORT_TEXT = "The quick brown fox doesn't jump over 12 lazy dogs."
 
@@ -37,9 +37,9 @@ def documents(path: str) -> Iterator[str]:
 
 def train(job: dict) -> dict:
     """Seconds and peak memory (bytes) of a training that streams the text; writes the ranks."""
-    learn = train_huggingface if job["library"] == "tokenizers" else train_rustbpe
+    learn = {"ours": train_ours, "rustbpe": train_rustbpe, "tokenizers": train_huggingface}[job["library"]]
     start, cpu_start = time.perf_counter(), time.process_time()
-    ranks = learn(documents(job["text"]), job["vocab_size"])
+    ranks = learn(documents(job["text"]), job)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks]
     with open(job["ranks"], "wb") as file:
@@ -57,26 +57,31 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def train_rustbpe(texts: Iterator[str], vocab_size: int) -> list[tuple[bytes, int]]:
+def train_ours(texts: Iterator[str], job: dict) -> Ranks:
+    return train_rustbpe(texts, job, num_threads=job["threads"])
+
+
+def train_rustbpe(texts: Iterator[str], job: dict, **threads: int) -> Ranks:
+    """Trains a rustbpe; that of PyPI learns its number of threads from the environment."""
     import rustbpe
 
     logging.getLogger("rustbpe").setLevel(logging.WARNING)
     tokenizer = rustbpe.Tokenizer()
-    tokenizer.train_from_iterator(texts, vocab_size, pattern=PATTERN)
+    tokenizer.train_from_iterator(texts, job["vocab_size"], pattern=job["pattern"], **threads)
     return [(bytes(token), rank) for token, rank in tokenizer.get_mergeable_ranks()]
 
 
-def train_huggingface(texts: Iterator[str], vocab_size: int) -> list[tuple[bytes, int]]:
+def train_huggingface(texts: Iterator[str], job: dict) -> Ranks:
     """Trains without keeping ranks: ties are broken differently, so they are not comparable."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated", invert=False)
+    split = pre_tokenizers.Split(Regex(job["pattern"]), behavior="isolated", invert=False)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=0, initial_alphabet=alphabet, show_progress=False
+        vocab_size=job["vocab_size"], min_frequency=0, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return []
@@ -90,7 +95,7 @@ def ranks_of(path: str) -> dict[bytes, int]:
 def encode(job: dict) -> dict:
     """Seconds for all documents in batches, seconds per call for a short text, digest of all ids."""
     make = tiktoken_encoder if job["library"] == "tiktoken" else our_encoder
-    in_batches, one_text, rows_of = make(ranks_of(job["ranks"]))
+    in_batches, one_text, rows_of = make(ranks_of(job["ranks"]), job["pattern"])
     texts, threads = list(documents(job["text"])), job["threads"]
     cpu_start = time.process_time()
     seconds, encoded = timed(lambda: in_batches(texts, num_threads=threads))
@@ -108,21 +113,27 @@ def encode(job: dict) -> dict:
     }
 
 
-def our_encoder(ranks: dict[bytes, int]) -> tuple[Callable, Callable, Callable]:
+def our_encoder(ranks: dict[bytes, int], pattern: str) -> tuple[Callable, Callable, Callable]:
     """Functions for a batch, for one text, and to get rows of ids out of an encoded batch."""
     import numpy  # noqa: F401  # the first array would import it, which is no part of encoding
 
     import rustbpe
 
-    tokenizer = rustbpe.Tokenizer.from_ranks(ranks.items(), PATTERN)
-    return tokenizer.encode_batch_arrays, tokenizer.encode_ordinary, lambda arrays: [arrays[0].tolist()]
+    tokenizer = rustbpe.Tokenizer.from_ranks(ranks.items(), pattern)
+    return tokenizer.encode_batch_arrays, tokenizer.encode_ordinary, rows_of_arrays
 
 
-def tiktoken_encoder(ranks: dict[bytes, int]) -> tuple[Callable, Callable, Callable]:
+def rows_of_arrays(arrays: tuple) -> Iterator[list[int]]:
+    ids, offsets = arrays
+    for start, stop in pairwise(offsets.tolist()):
+        yield ids[start:stop].tolist()
+
+
+def tiktoken_encoder(ranks: dict[bytes, int], pattern: str) -> tuple[Callable, Callable, Callable]:
     """The same with tiktoken, which gives the rows at once."""
     import tiktoken
 
-    encoding = tiktoken.Encoding("bench", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+    encoding = tiktoken.Encoding("bench", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     return encoding.encode_ordinary_batch, encoding.encode_ordinary, lambda rows: rows
 
 
@@ -132,20 +143,23 @@ def timed(work: Callable[[], Result]) -> tuple[float, Result]:
     return time.perf_counter() - start, result
 
 
-def seconds_per_call(function, text: str, calls: int = 20_000) -> float:
+def seconds_per_call(function: Callable[[str], object], text: str, calls: int = 20_000) -> float:
     start = time.perf_counter()
     for _ in range(calls):
         function(text)
     return (time.perf_counter() - start) / calls
 
 
-def digest(rows: Iterable[list[int]]) -> str:
+def digest(rows: Rows) -> str:
+    """Of all ids and of how many each document has."""
     total = hashlib.sha256()
     for row in rows:
-        total.update(array("I", row).tobytes())
+        total.update(array("I", [len(row), *row]).tobytes())
     return total.hexdigest()
 
 
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
-    print(json.dumps({"train": train, "encode": encode}[job["work"]](job)))
+    result = {"train": train, "encode": encode}[job["work"]](job)
+    package = {"ours": "rustbpe"}.get(job["library"], job["library"])
+    print(json.dumps(result | {"version": importlib.metadata.version(package)}))

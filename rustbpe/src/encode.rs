@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::error::Error;
 use crate::memory::Memory;
-use crate::merge::merge_piece;
+use crate::merge::{merge_piece, MAX_PIECE};
 use crate::pattern::Pattern;
 use crate::piece_map::{pack, BATCH, MAX_PACKED};
 use crate::vocab::Vocab;
@@ -44,7 +44,7 @@ impl Encoder {
     /// Bytes of a learned token, or of a special token's name.
     pub fn token(&self, id: u32) -> Result<&[u8], Error> {
         let special = || self.special_names.get(&id).map(|name| name.as_bytes());
-        self.vocab.token(id).or_else(special).ok_or(Error::UnknownId(i64::from(id)))
+        self.vocab.token(id).or_else(special).ok_or(Error::UnknownId(id))
     }
 
     /// Names and ids of special tokens; an error for a name that is none.
@@ -83,6 +83,9 @@ impl<'a> Worker<'a> {
     /// Appends the ids of `text`, in which nothing is special.
     pub fn encode(&mut self, pattern: &Pattern, text: &str, out: &mut Vec<u32>) -> Result<(), Error> {
         let bytes = text.as_bytes();
+        if bytes.len() >= MAX_PIECE {
+            check_pieces(pattern, text, MAX_PIECE)?;
+        }
         self.batch.num = 0;
         pattern.split(text, |start, end| {
             if self.batch.push(bytes, start, end) {
@@ -147,6 +150,16 @@ impl<'a> Worker<'a> {
     }
 }
 
+/// An error if a piece has `limit` bytes or more.
+fn check_pieces(pattern: &Pattern, text: &str, limit: usize) -> Result<(), Error> {
+    let mut too_long = None;
+    pattern.split(text, |start, end| {
+        too_long = Some(end - start).filter(|len| *len >= limit);
+        too_long.is_none()
+    })?;
+    too_long.map_or(Ok(()), |len| Err(Error::PieceTooLong(len)))
+}
+
 impl Drop for Worker<'_> {
     fn drop(&mut self) {
         self.encoder.memories().extend(self.memory.take());
@@ -200,4 +213,16 @@ fn first_special(finds: &mut [Find], text: &str, start: usize) -> Option<(usize,
     }
     let found = finds.iter().filter_map(|find| Some((find.next?, find.name.len(), find.id)));
     found.min_by_key(|(at, len, _)| (*at, std::cmp::Reverse(*len)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn too_long_a_piece_is_an_error() {
+        let pattern = Pattern::new(crate::pattern::NANOCHAT_PATTERN).unwrap();
+        assert_eq!(check_pieces(&pattern, "some words", 7), Ok(()));
+        assert_eq!(check_pieces(&pattern, "some words and", 6), Err(Error::PieceTooLong(6)));
+    }
 }

@@ -5,6 +5,7 @@
 //! merges are learned from the counts ([`train`]), and [`encode`] applies them to new text.
 
 #![deny(missing_docs)]
+#![forbid(unsafe_code)]
 #![cfg_attr(not(test), deny(clippy::unwrap_used))]
 
 pub mod batch;

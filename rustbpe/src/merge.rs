@@ -8,7 +8,10 @@ use crate::vocab::{Vocab, NONE};
 /// Pieces up to this many bytes are merged by rescanning; the heap pays beyond it.
 const MAX_SCANNED: usize = 96;
 
-/// Appends the tokens of `piece` (not empty) to `out`, by merges alone.
+/// Pieces must be shorter than this, so that positions in them differ from [`NONE`].
+pub const MAX_PIECE: usize = NONE as usize;
+
+/// Appends the tokens of `piece` (neither empty nor too long) to `out`, by merges alone.
 pub fn merge_piece(vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>) {
     match piece.len() {
         0..=16 => merge_by_scanning::<16>(vocab, piece, out),

@@ -5,11 +5,21 @@ use fancy_regex::Regex;
 use crate::error::Error;
 use crate::scanner::Scanner;
 
-/// Default pattern, digit groups of up to three.
-pub const GPT4_PATTERN: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
+macro_rules! pattern_with_digit_groups_of_up_to {
+    ($num_digits:literal) => {
+        concat!(
+            r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,",
+            $num_digits,
+            r"}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+        )
+    };
+}
 
-/// The pattern of nanochat, digit groups of up to two.
-pub const NANOCHAT_PATTERN: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
+/// Default pattern.
+pub const GPT4_PATTERN: &str = pattern_with_digit_groups_of_up_to!(3);
+
+/// The pattern of nanochat.
+pub const NANOCHAT_PATTERN: &str = pattern_with_digit_groups_of_up_to!(2);
 
 #[derive(Clone)]
 enum Engine {
@@ -73,23 +83,16 @@ impl Pattern {
         Ok(())
     }
 
-    /// Cuts a text into parts of roughly `size` bytes that split independently of each other.
+    /// Cuts a text into parts of at least `size` bytes that split independently of each other.
     ///
-    /// The built-in patterns never join a letter or digit to a following blank, so such a place is
-    /// a piece border whatever stands around it. Other patterns get the text in one part.
+    /// Parts of the built-in patterns end at the first sure border; others get the text in one part.
     pub fn parts<'a>(&self, text: &'a str, size: usize) -> Vec<&'a str> {
         let (mut parts, mut rest) = (Vec::new(), text);
-        if matches!(self.engine, Engine::Scanner(_)) {
-            while rest.len() > size {
-                let tail = &rest.as_bytes()[size..];
-                match tail.windows(2).position(|pair| pair[0].is_ascii_alphanumeric() && pair[1] == b' ') {
-                    Some(at) => {
-                        let (part, remainder) = rest.split_at(size + at + 1);
-                        parts.push(part);
-                        rest = remainder;
-                    }
-                    None => break,
-                }
+        if let Engine::Scanner(scanner) = &self.engine {
+            while let Some(at) = scanner.next_sure_border(rest, size) {
+                let (part, remainder) = rest.split_at(at);
+                parts.push(part);
+                rest = remainder;
             }
         }
         parts.push(rest);

@@ -1,23 +1,23 @@
 //! The Python module: argument checking, the GIL, exceptions and arrays.
 
 use std::collections::{BTreeMap, HashSet};
+use std::ops::RangeInclusive;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::available_parallelism;
 
 use pyo3::exceptions::{
-    PyKeyboardInterrupt, PyRuntimeError, PyTypeError, PyUnicodeDecodeError, PyUnicodeEncodeError,
-    PyValueError,
+    PyOverflowError, PyRuntimeError, PyTypeError, PyUnicodeDecodeError, PyUnicodeEncodeError, PyValueError,
 };
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyBytes, PyList, PyString};
 
 use crate::batch::Options;
-use crate::decode::{decode, decode_bytes, Utf8Stream};
+use crate::decode::{decode, decode_bytes};
 use crate::encode::{Encoder, Worker};
 use crate::error::Error;
-use crate::pattern::Pattern;
-use crate::vocab::Vocab;
+use crate::pattern::{Pattern, GPT4_PATTERN};
+use crate::vocab::{Vocab, MAX_ID};
 use arrays::Batch;
 
 mod arrays;
@@ -35,10 +35,9 @@ impl From<Error> for PyErr {
             Error::InvalidUtf8 { bytes, start, end } => {
                 PyUnicodeDecodeError::new_err(("utf-8", bytes, start, end, "invalid UTF-8 in tokens"))
             }
-            Error::Split(_) | Error::CorpusTooLarge | Error::NoThread => {
+            Error::Split(_) | Error::CorpusTooLarge | Error::NoThread | Error::WorkerFailed => {
                 PyRuntimeError::new_err(error.to_string())
             }
-            Error::Interrupted => PyKeyboardInterrupt::new_err(()),
             _ => PyValueError::new_err(error.to_string()),
         }
     }
@@ -66,11 +65,16 @@ impl Tokenizer {
         py: Python<'_>,
         ranks: &Bound<'_, PyAny>,
         pattern: &str,
-        special_tokens: BTreeMap<String, u32>,
+        special_tokens: BTreeMap<String, Bound<'_, PyAny>>,
     ) -> PyResult<Tokenizer> {
-        let ranks = ranks.try_iter()?.map(|pair| pair?.extract()).collect::<PyResult<Vec<_>>>()?;
-        let encoder =
-            py.detach(|| Encoder::new(Pattern::new(pattern)?, Vocab::new(ranks)?, special_tokens))?;
+        let rank = |pair: PyResult<Bound<'_, PyAny>>| {
+            let (token, id): (Vec<u8>, Bound<'_, PyAny>) = pair?.extract()?;
+            Ok((token, new_id(&id)?))
+        };
+        let ranks = ranks.try_iter()?.map(rank).collect::<PyResult<Vec<_>>>()?;
+        let special = |(name, id): (String, Bound<'_, PyAny>)| Ok((name, new_id(&id)?));
+        let specials = special_tokens.into_iter().map(special).collect::<PyResult<_>>()?;
+        let encoder = py.detach(|| Encoder::new(Pattern::new(pattern)?, Vocab::new(ranks)?, specials))?;
         Ok(Tokenizer { encoder: RwLock::new(Arc::new(encoder)) })
     }
 
@@ -80,13 +84,18 @@ impl Tokenizer {
         &self,
         py: Python<'_>,
         iterator: &Bound<'_, PyAny>,
-        vocab_size: i64,
-        buffer_size: usize,
+        #[pyo3(from_py_with = num_tokens)] vocab_size: usize,
+        #[pyo3(from_py_with = num_strings)] buffer_size: usize,
         pattern: Option<&str>,
-        num_threads: Option<usize>,
+        num_threads: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
-        let threads = threads(num_threads)?;
-        let trained = training::train(py, iterator, vocab_size, buffer_size, pattern, threads)?;
+        let options = training::Options {
+            num_merges: vocab_size - 256,
+            num_strings: buffer_size,
+            pattern: Pattern::new(pattern.unwrap_or(GPT4_PATTERN))?,
+            num_threads: threads(num_threads)?,
+        };
+        let trained = training::train(py, iterator, options)?;
         *self.encoder.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(trained);
         Ok(())
     }
@@ -141,7 +150,7 @@ impl Tokenizer {
     fn batch_encode<'py>(
         &self,
         texts: &Bound<'py, PyAny>,
-        num_threads: Option<usize>,
+        num_threads: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyList>> {
         let rows = PyList::empty(texts.py());
         for run in Batch::new(texts, num_threads)?.encode::<u32>(&self.encoder(), Options::default())? {
@@ -158,21 +167,23 @@ impl Tokenizer {
     /// Ids of all texts in one array, and int64 offsets of length len(texts) + 1.
     ///
     /// The ids have the smallest unsigned dtype that fits every id of the tokenizer. The names in
-    /// allowed_special become special tokens; prepend and append are put around every text.
+    /// allowed_special become special tokens; the ids prepend and append are put around every text.
     #[pyo3(signature = (texts, prepend=None, append=None, num_threads=None, allowed_special=HashSet::new()))]
     fn encode_batch_arrays<'py>(
         &self,
         texts: &Bound<'py, PyAny>,
-        prepend: Option<u32>,
-        append: Option<u32>,
-        num_threads: Option<usize>,
+        prepend: Option<&Bound<'py, PyAny>>,
+        append: Option<&Bound<'py, PyAny>>,
+        num_threads: Option<&Bound<'py, PyAny>>,
         allowed_special: HashSet<String>,
     ) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
         let (encoder, batch) = (self.encoder(), Batch::new(texts, num_threads)?);
         let allowed: Vec<&str> = allowed_special.iter().map(String::as_str).collect();
         let specials = encoder.specials_named(&allowed)?;
+        let known = |id| token_id(id).and_then(|id| Ok(encoder.token(id).map(|_| id)?));
+        let (prepend, append) = (prepend.map(known).transpose()?, append.map(known).transpose()?);
         let options = Options { prepend, append, specials: &specials };
-        match [Some(encoder.max_id()), prepend, append].into_iter().flatten().max().unwrap_or(0) {
+        match encoder.max_id() {
             0..=0xff => batch.encode_arrays("uint8", &encoder, options, |id: u8| [id]),
             0x100..=0xffff => batch.encode_arrays("uint16", &encoder, options, u16::to_ne_bytes),
             _ => batch.encode_arrays("uint32", &encoder, options, u32::to_ne_bytes),
@@ -220,35 +231,35 @@ impl Tokenizer {
     }
 }
 
-/// Decodes a stream of ids and holds back bytes that do not end a character yet.
-#[pyclass(module = "rustbpe")]
-struct StreamDecoder {
-    encoder: Arc<Encoder>,
-    stream: Utf8Stream,
-}
-
-#[pymethods]
-impl StreamDecoder {
-    #[new]
-    fn new(tokenizer: &Tokenizer) -> StreamDecoder {
-        StreamDecoder { encoder: tokenizer.encoder(), stream: Utf8Stream::default() }
-    }
-
-    /// Text that is complete after this id; invalid bytes become U+FFFD.
-    fn push(&mut self, id: &Bound<'_, PyAny>) -> PyResult<String> {
-        Ok(self.stream.push(self.encoder.token(token_id(id)?)?))
-    }
-
-    /// What is left at the end: nothing, or U+FFFD for an unfinished character.
-    fn flush(&mut self) -> String {
-        self.stream.flush()
+/// An integer of Python; the `refusal` of one out of `range`, however large, is a ValueError.
+fn integer(
+    value: &Bound<'_, PyAny>,
+    range: RangeInclusive<i64>,
+    refusal: impl Fn(String) -> String,
+) -> PyResult<i64> {
+    match value.extract() {
+        Ok(number) if range.contains(&number) => Ok(number),
+        Err(error) if !error.is_instance_of::<PyOverflowError>(value.py()) => Err(error),
+        _ => Err(PyValueError::new_err(refusal(value.str()?.extract()?))),
     }
 }
 
-fn threads(num_threads: Option<usize>) -> PyResult<usize> {
+fn num_tokens(vocab_size: &Bound<'_, PyAny>) -> PyResult<usize> {
+    const MAX_TOKENS: i64 = MAX_ID as i64 + 1;
+    let refusal =
+        |given: String| format!("vocab_size is {given}; give 256, for the single bytes, to {MAX_TOKENS}");
+    Ok(integer(vocab_size, 256..=MAX_TOKENS, refusal)? as usize)
+}
+
+fn num_strings(buffer_size: &Bound<'_, PyAny>) -> PyResult<usize> {
+    let refusal = |given: String| format!("buffer_size is {given}; give a number of strings, 1 or more");
+    Ok(integer(buffer_size, 1..=i64::MAX, refusal)? as usize)
+}
+
+fn threads(num_threads: Option<&Bound<'_, PyAny>>) -> PyResult<usize> {
+    let refusal = |given: String| format!("num_threads is {given}; give at least 1, or None for all cores");
     match num_threads {
-        Some(0) => Err(PyValueError::new_err("num_threads is 0; give at least 1, or None for all cores")),
-        Some(num) => Ok(num.min(MAX_THREADS)),
+        Some(num) => Ok(MAX_THREADS.min(integer(num, 1..=i64::MAX, refusal)? as usize)),
         None => Ok(available_parallelism().map_or(1, usize::from)),
     }
 }
@@ -273,9 +284,14 @@ fn repaired(text: &Bound<'_, PyAny>) -> PyResult<PyBackedStr> {
     }
 }
 
+const IDS: RangeInclusive<i64> = 0..=u32::MAX as i64;
+
 fn token_id(id: &Bound<'_, PyAny>) -> PyResult<u32> {
-    let id: i64 = id.extract()?;
-    u32::try_from(id).map_err(|_| Error::UnknownId(id).into())
+    Ok(integer(id, IDS, |given: String| format!("no token has id {given}"))? as u32)
+}
+
+fn new_id(id: &Bound<'_, PyAny>) -> PyResult<u32> {
+    Ok(integer(id, IDS, |given: String| format!("a token cannot have id {given}"))? as u32)
 }
 
 fn id_list(ids: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
@@ -286,6 +302,5 @@ fn id_list(ids: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
 fn rustbpe(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("GPT4_PATTERN", crate::pattern::GPT4_PATTERN)?;
     module.add("NANOCHAT_PATTERN", crate::pattern::NANOCHAT_PATTERN)?;
-    module.add_class::<Tokenizer>()?;
-    module.add_class::<StreamDecoder>()
+    module.add_class::<Tokenizer>()
 }

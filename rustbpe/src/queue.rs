@@ -24,8 +24,9 @@ impl<T> Queue<T> {
         Queue { state: Mutex::new(state), changed: Condvar::new(), capacity }
     }
 
-    /// Puts an item in; gives it back if there is still no room after `patience`.
-    pub fn push(&self, item: T, patience: Duration) -> Result<(), T> {
+    /// Puts an item in and returns how many are unfinished; gives it back if there is still no room
+    /// after `patience`.
+    pub fn push(&self, item: T, patience: Duration) -> Result<usize, T> {
         let full = |state: &mut State<T>| state.items.len() >= self.capacity && !state.closed;
         let (mut state, _) = self
             .changed
@@ -37,7 +38,7 @@ impl<T> Queue<T> {
         state.items.push_back(item);
         state.unfinished += 1;
         self.changed.notify_all();
-        Ok(())
+        Ok(state.unfinished)
     }
 
     /// Takes the next item; `None` once the queue is closed and empty.

@@ -33,6 +33,22 @@ impl Scanner {
         ascii_word_end(text, start).unwrap_or_else(|| self.any_piece_end(text, start))
     }
 
+    /// First sure border after the character at byte `from` or later.
+    pub fn next_sure_border(&self, text: &str, from: usize) -> Option<usize> {
+        let bytes = text.as_bytes();
+        let mut at = (from..bytes.len()).find(|at| text.is_char_boundary(*at))?;
+        let (mut before, mut width) = self.class_at(bytes, at);
+        while at + width < bytes.len() {
+            at += width;
+            let (after, next_width) = self.class_at(bytes, at);
+            if is_sure_border(before, after) {
+                return Some(at);
+            }
+            (before, width) = (after, next_width);
+        }
+        None
+    }
+
     fn any_piece_end(&self, text: &[u8], start: usize) -> usize {
         let (class, width) = self.class_at(text, start);
         let next = start + width;
@@ -127,6 +143,32 @@ impl Scanner {
                 (self.classes.of(code), width)
             }
         }
+    }
+}
+
+/// Whether two neighbours of these classes are in different pieces of every text, and the text up to
+/// the first of them splits in the same way if it ends there.
+///
+/// Nothing looks back, so the second text always splits alike. For the first one, let `p` be the place
+/// between them. A piece that ends before `p` has looked at no more than a run of its own class, the
+/// character after it and, after a quote, two letters; what it may see of the second character must
+/// decide as the end of the text does:
+///
+/// - After a letter or number: it is the last of `\p{L}+`, `\p{N}{1,K}` or a contraction, none of which
+///   goes on with another class, nor with the end. No look-ahead reaches over a letter or number.
+/// - After CR or LF, before no white space: it is the last of ` ?[^\s\p{L}\p{N}]++[\r\n]*`, or the run of
+///   white space that it ends is one piece by `\s*[\r\n]`, which goes back to the last line break of the
+///   run: here. `\s+(?!\S)` is not asked.
+/// - After anything else but white space, before a number or blank that is no line break: it is the last
+///   of ` ?[^\s\p{L}\p{N}]++[\r\n]*`. It leads no word and no contraction, because no letter follows.
+///
+/// After a blank there is none: how `\s+(?!\S)` cuts a run depends on what follows it.
+fn is_sure_border(before: Class, after: Class) -> bool {
+    match before {
+        Class::Letter | Class::Number => before != after,
+        Class::Newline => !matches!(after, Class::Space | Class::Newline),
+        Class::Other => matches!(after, Class::Number | Class::Space),
+        Class::Space | Class::End => false,
     }
 }
 

@@ -16,6 +16,9 @@ const DEAD: u32 = u32::MAX - 1;
 /// Weights from here on are places in the list of large counts.
 const LARGE: u32 = 1 << 31;
 
+/// Slots between two looks at whether to go on, a few milliseconds.
+const SLOTS_PER_CHECK: usize = 1 << 20;
+
 #[derive(Clone, Copy)]
 struct Slot {
     id: u32,
@@ -32,19 +35,26 @@ pub struct Slots {
 
 impl Slots {
     /// Lays out the pieces, one symbol per byte; frees each map as soon as it is read.
-    pub fn new(maps: Vec<PieceMap<u64>>) -> Result<Slots, Error> {
+    ///
+    /// `check` is asked after every map whether to go on.
+    pub fn new<E: From<Error>>(
+        maps: Vec<PieceMap<u64>>,
+        mut check: impl FnMut() -> Result<(), E>,
+    ) -> Result<Slots, E> {
         let mut num_slots = 1usize;
         for map in &maps {
             map.for_each(|piece, _| num_slots += piece.len() + 1);
+            check()?;
         }
         if num_slots >= DEAD as usize {
-            return Err(Error::CorpusTooLarge);
+            return Err(Error::CorpusTooLarge.into());
         }
         let slots = Vec::with_capacity(num_slots);
         let mut all = Slots { slots, large: Vec::new(), widths: vec![1; 256], num_occurrences: 0 };
         all.slots.push(Slot { id: SEPARATOR, weight: 0 });
         for map in maps {
             map.for_each(|piece, count| all.push_piece(piece, count));
+            check()?;
         }
         Ok(all)
     }
@@ -65,20 +75,32 @@ impl Slots {
     }
 
     /// Calls `visit(position, left, right, count)` for every pair of neighbours, by position.
-    pub fn for_each_pair(&self, mut visit: impl FnMut(u32, u32, u32, u64)) {
+    ///
+    /// `check` is asked now and then whether to go on.
+    pub fn for_each_pair<E>(
+        &self,
+        mut check: impl FnMut() -> Result<(), E>,
+        mut visit: impl FnMut(u32, u32, u32, u64),
+    ) -> Result<(), E> {
         let mut at = 1;
-        while let Some(left) = self.slots.get(at) {
-            if left.id == SEPARATOR {
-                at += 1;
-                continue;
+        while at < self.slots.len() {
+            check()?;
+            let pause = self.slots.len().min(at + SLOTS_PER_CHECK);
+            while at < pause {
+                let left = self.slots[at];
+                if left.id == SEPARATOR {
+                    at += 1;
+                    continue;
+                }
+                let next = at + self.widths[left.id as usize] as usize;
+                let right = self.slots[next].id;
+                if right != SEPARATOR {
+                    visit(at as u32, left.id, right, self.count(left.weight));
+                }
+                at = next;
             }
-            let next = at + self.widths[left.id as usize] as usize;
-            let right = self.slots[next].id;
-            if right != SEPARATOR {
-                visit(at as u32, left.id, right, self.count(left.weight));
-            }
-            at = next;
         }
+        Ok(())
     }
 
     /// Adds the next id: a symbol as wide as the two given ones together.

@@ -14,6 +14,7 @@ use std::collections::BinaryHeap;
 use crate::error::Error;
 use crate::piece_map::{FastMap, PieceMap};
 use crate::slots::{Slots, SEPARATOR};
+use crate::vocab::MAX_ID;
 
 /// One learned merge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +25,18 @@ pub struct Merge {
     pub right: u32,
     /// How often the pair occurred.
     pub count: u64,
+}
+
+/// Hears how learning goes, and can end it with an error.
+pub trait Watch {
+    /// What ends learning early.
+    type Error: From<Error>;
+    /// The corpus has this many distinct pairs.
+    fn counted(&mut self, num_pairs: usize) -> Result<(), Self::Error>;
+    /// Another merge was chosen, after `done` others.
+    fn chosen(&mut self, done: usize, merge: Merge) -> Result<(), Self::Error>;
+    /// Called at least every few milliseconds of work.
+    fn check(&mut self) -> Result<(), Self::Error>;
 }
 
 #[derive(Default)]
@@ -37,6 +50,9 @@ const UNFOLLOWED: u32 = u32::MAX;
 
 /// Positions whose slots are fetched together.
 const BLOCK: usize = 32;
+
+/// Positions merged, or pairs taken off the heap, between two looks at whether to go on.
+const STEPS_PER_CHECK: usize = 1 << 16;
 
 /// What is known of one neighbour of the merged pair.
 #[derive(Clone, Copy)]
@@ -62,7 +78,8 @@ struct Side {
 
 struct Trainer {
     slots: Slots,
-    threshold: u64, // pairs that occur less often are not followed
+    threshold: u64,    // pairs that occur less often are not followed
+    num_popped: usize, // off the heap
     pairs: Vec<Pair>,
     index: FastMap<u64, u32>,
     heap: BinaryHeap<(u64, Reverse<u64>, u32)>,
@@ -70,20 +87,25 @@ struct Trainer {
     right: Side,
 }
 
-/// Learns up to `num_merges` merges; `progress(done, merge)` is asked before each whether to go on.
-pub fn learn_merges(
+/// Learns up to `num_merges` merges, as many as there are ids.
+pub fn learn_merges<W: Watch>(
     pieces: Vec<PieceMap<u64>>,
     num_merges: usize,
-    mut progress: impl FnMut(usize, Merge) -> bool,
-) -> Result<Vec<Merge>, Error> {
-    let mut trainer = Trainer::new(Slots::new(pieces)?, num_merges);
+    watch: &mut W,
+) -> Result<Vec<Merge>, W::Error> {
+    let last = num_merges as u64 + 255;
+    if last > u64::from(MAX_ID) {
+        return Err(Error::IdTooLarge(last).into());
+    }
+    let slots = Slots::new(pieces, || watch.check())?;
+    let mut trainer = Trainer::new(slots, num_merges);
+    let num_pairs = trainer.queue_all(watch)?;
+    watch.counted(num_pairs)?;
     let mut merges = Vec::new();
     while merges.len() < num_merges {
-        let Some((merge, pair)) = trainer.next_merge() else { break };
-        if !progress(merges.len(), merge) {
-            return Err(Error::Interrupted);
-        }
-        trainer.apply(merge, pair, 256 + merges.len() as u32);
+        let Some((merge, pair)) = trainer.next_merge(watch)? else { break };
+        watch.chosen(merges.len(), merge)?;
+        trainer.apply(merge, pair, 256 + merges.len() as u32, watch)?;
         merges.push(merge);
     }
     Ok(merges)
@@ -97,38 +119,42 @@ impl Trainer {
     fn new(slots: Slots, num_merges: usize) -> Trainer {
         // By Zipf's law the last merge occurs about n / (10 num_merges) times; a lower start is cheap.
         let threshold = slots.num_occurrences() / (num_merges as u64).saturating_mul(32).max(1);
-        let mut trainer = Trainer {
+        Trainer {
             slots,
             threshold: threshold.max(1),
+            num_popped: 0,
             pairs: Vec::new(),
             index: FastMap::default(),
             heap: BinaryHeap::new(),
             left: Side::default(),
             right: Side::default(),
-        };
-        trainer.queue_all();
-        trainer
+        }
     }
 
-    /// Finds and queues all pairs that reach the threshold, in place of those known.
-    fn queue_all(&mut self) {
+    /// Finds and queues all pairs that reach the threshold, in place of those known; returns how many
+    /// distinct pairs there are.
+    fn queue_all<W: Watch>(&mut self, watch: &mut W) -> Result<usize, W::Error> {
         let mut counts = FastMap::<u64, (u64, u32)>::default();
-        self.slots.for_each_pair(|_, left, right, count| {
+        let count_pair = |_, left, right, count| {
             let entry = counts.entry(key(left, right)).or_default();
             entry.0 += count;
             entry.1 += 1;
-        });
+        };
+        self.slots.for_each_pair(|| watch.check(), count_pair)?;
+        let num_pairs = counts.len();
         (self.pairs, self.index, self.heap) = Default::default();
         for (key, (count, num_positions)) in counts {
             if count >= self.threshold {
                 self.queue(key, count, Vec::with_capacity(num_positions as usize));
             }
         }
-        self.slots.for_each_pair(|at, left, right, _| {
+        let note_position = |at, left, right, _| {
             if let Some(pair) = self.index.get(&key(left, right)) {
                 self.pairs[*pair as usize].positions.push(at);
             }
-        });
+        };
+        self.slots.for_each_pair(|| watch.check(), note_position)?;
+        Ok(num_pairs)
     }
 
     fn queue(&mut self, key: u64, count: u64, positions: Vec<u32>) -> u32 {
@@ -140,9 +166,13 @@ impl Trainer {
     }
 
     /// The most frequent pair, smallest first, and its index.
-    fn next_merge(&mut self) -> Option<(Merge, u32)> {
+    fn next_merge<W: Watch>(&mut self, watch: &mut W) -> Result<Option<(Merge, u32)>, W::Error> {
         loop {
             while let Some((queued, Reverse(key), pair)) = self.heap.pop() {
+                self.num_popped += 1;
+                if self.num_popped % STEPS_PER_CHECK == 0 {
+                    watch.check()?;
+                }
                 let count = self.pairs[pair as usize].count;
                 if count < self.threshold {
                     self.pairs[pair as usize].positions = Vec::new();
@@ -150,18 +180,19 @@ impl Trainer {
                 } else if count < queued {
                     self.heap.push((count, Reverse(key), pair));
                 } else {
-                    return Some((Merge { left: (key >> 32) as u32, right: key as u32, count }, pair));
+                    let merge = Merge { left: (key >> 32) as u32, right: key as u32, count };
+                    return Ok(Some((merge, pair)));
                 }
             }
             if self.threshold == 1 {
-                return None;
+                return Ok(None);
             }
             self.threshold = (self.threshold / 8).max(1);
-            self.queue_all();
+            self.queue_all(watch)?;
         }
     }
 
-    fn apply(&mut self, merge: Merge, pair: u32, new: u32) {
+    fn apply<W: Watch>(&mut self, merge: Merge, pair: u32, new: u32, watch: &mut W) -> Result<(), W::Error> {
         let Merge { left, right, .. } = merge;
         let positions = std::mem::take(&mut self.pairs[pair as usize].positions);
         self.index.remove(&key(left, right));
@@ -170,9 +201,12 @@ impl Trainer {
         self.right.tallies.resize(new as usize + 1, Tally::default());
         // Count of (new, new): each such pair was first counted as (new, left) by its left half.
         let mut doubled = 0;
-        for block in positions.chunks(BLOCK) {
-            self.slots.touch(block);
-            doubled += block.iter().map(|at| self.replace(*at, merge, new)).sum::<u64>();
+        for some in positions.chunks(STEPS_PER_CHECK) {
+            watch.check()?;
+            for block in some.chunks(BLOCK) {
+                self.slots.touch(block);
+                doubled += block.iter().map(|at| self.replace(*at, merge, new)).sum::<u64>();
+            }
         }
         // The left side first: (new, left) must not be queued yet when (before, left) is decreased.
         let (mut lefts, mut rights) = (std::mem::take(&mut self.left), std::mem::take(&mut self.right));
@@ -180,6 +214,7 @@ impl Trainer {
         let single = |after, count| if after == left { count - doubled } else { count };
         self.settle(&mut rights, |after| key(right, after), |after| key(new, after), single);
         (self.left, self.right) = (lefts, rights);
+        Ok(())
     }
 
     /// Merges one occurrence and notes its neighbours; returns how often it doubles the new symbol.

@@ -2,7 +2,7 @@
 
 use crate::error::Error;
 use crate::merge::merge_piece;
-use crate::piece_map::{mix, PieceMap};
+use crate::piece_map::{hash, PieceMap};
 
 /// "No token": larger than every id, so that it loses every comparison for the lowest rank.
 pub const NONE: u32 = u32::MAX;
@@ -42,7 +42,7 @@ impl Vocab {
 
     fn index_tokens(ranks: &[(Vec<u8>, u32)]) -> Result<Vocab, Error> {
         let num_ids = match ranks.last() {
-            Some((_, id)) if *id > MAX_ID => return Err(Error::IdTooLarge(*id)),
+            Some((_, id)) if *id > MAX_ID => return Err(Error::IdTooLarge(u64::from(*id))),
             last => last.map_or(0, |(_, id)| *id as usize + 1),
         };
         let mut vocab = Vocab {
@@ -61,9 +61,10 @@ impl Vocab {
             if token.is_empty() || vocab.lookup.len() == known || vocab.ids.last() == Some(id) {
                 return Err(duplicate());
             }
-            let start = vocab.bytes.len() as u32;
+            let start = vocab.bytes.len() as u32; // as the end of the token before
             vocab.bytes.extend_from_slice(token);
-            vocab.starts[*id as usize] = (start, vocab.bytes.len() as u32);
+            let end = u32::try_from(vocab.bytes.len()).map_err(|_| Error::VocabTooLarge)?;
+            vocab.starts[*id as usize] = (start, end);
             vocab.ids.push(*id);
         }
         Ok(vocab)
@@ -163,8 +164,7 @@ impl PairMap {
     #[inline]
     fn find(&self, left: u32, right: u32) -> usize {
         let mask = self.slots.len() - 1;
-        let key = u64::from(left) << 32 | u64::from(right);
-        let mut at = mix(key ^ 0x9e37_79b9_7f4a_7c15, 0xd6e8_feb8_6659_fd93) as usize & mask;
+        let mut at = hash(u64::from(left) << 32 | u64::from(right), 0) as usize & mask;
         loop {
             let (slot_left, slot_right, merged) = self.slots[at];
             if merged == NONE || (slot_left == left && slot_right == right) {

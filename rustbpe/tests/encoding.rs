@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use common::{fuzz, Random};
 use rustbpe::batch::{encode_batch, Options};
-use rustbpe::decode::{decode, decode_bytes, Utf8Stream};
+use rustbpe::decode::{decode, decode_bytes};
 use rustbpe::encode::{Encoder, Worker};
 use rustbpe::error::Error;
 use rustbpe::pattern::{Pattern, NANOCHAT_PATTERN};
@@ -87,20 +87,46 @@ fn batches_equal_single_texts_and_each_other() {
     let texts: Vec<String> = (0..3000).map(|_| random.text(120)).collect();
     let specials = [("'s", 1001)];
     let options = Options { prepend: Some(1000), append: None, specials: &specials };
+    let row = |text: &String| {
+        let parts = text.split("'s").map(|part| encode(&encoder, part));
+        [vec![1000], parts.collect::<Vec<_>>().join(&1001)].concat()
+    };
     for threads in [1, 2, 5] {
-        let mut rows = texts.iter();
-        for run in encode_batch::<_, u16>(&encoder, &texts, options, threads).unwrap() {
-            let mut ids = &run.ids[..];
-            for len in run.lens {
-                let (row, rest) = ids.split_at(len);
-                let parts = rows.next().unwrap().split("'s").map(|part| encode(&encoder, part));
-                let expected = [vec![1000], parts.collect::<Vec<_>>().join(&1001)].concat();
-                assert_eq!(row.iter().map(|id| u32::from(*id)).collect::<Vec<_>>(), expected);
-                ids = rest;
-            }
-        }
-        assert!(rows.next().is_none());
+        assert!(rows(&encoder, &texts, options, threads) == texts.iter().map(row).collect::<Vec<_>>());
     }
+}
+
+/// Ids of every text.
+fn rows(encoder: &Encoder, texts: &[String], options: Options, threads: usize) -> Vec<Vec<u32>> {
+    let mut rows = Vec::new();
+    for run in encode_batch::<_, u16>(encoder, texts, options, threads).unwrap() {
+        let mut ids = run.ids.iter().map(|id| u32::from(*id));
+        rows.extend(run.lens.iter().map(|len| ids.by_ref().take(*len).collect::<Vec<_>>()));
+        assert_eq!(ids.next(), None);
+    }
+    rows
+}
+
+#[test]
+fn long_texts_are_cut_for_the_threads_and_come_back_whole() {
+    let mut random = Random(8);
+    let encoder = encoder(random_ranks(&mut random), &[]);
+    // Some of one piece, some without a blank, between short ones.
+    let chinese = "\u{4eca}\u{5929}\u{5929}\u{6c14}\u{5f88}\u{597d}\u{3002}";
+    let units = [chinese, "a", "word, ", "\n", "! ", "12 \u{e9}\n"];
+    let mut texts: Vec<String> = units.iter().map(|unit| unit.repeat(900_000 / unit.len())).collect();
+    texts.splice(2..2, ["short".into(), String::new(), "texts".into()]);
+    texts.push(random.text(60_000));
+    texts.push("end".into());
+    for threads in [1, 4] {
+        let options = Options { prepend: Some(1000), append: Some(1001), specials: &[] };
+        let framed = |text: &String| [vec![1000], encode(&encoder, text), vec![1001]].concat();
+        assert!(rows(&encoder, &texts, options, threads) == texts.iter().map(framed).collect::<Vec<_>>());
+    }
+    let options = Options { specials: &[(". ", 1002)], ..Options::default() };
+    let one = vec!["Special tokens are never cut. ".repeat(30_000)];
+    let num_special = rows(&encoder, &one, options, 4)[0].iter().filter(|id| **id == 1002).count();
+    assert_eq!(num_special, 30_000);
 }
 
 #[test]
@@ -145,23 +171,4 @@ fn bad_tables_and_ids_are_errors() {
     assert_eq!(decode_bytes(&encoder, &[256]), Err(Error::UnknownId(256)));
     let invalid = Error::InvalidUtf8 { bytes: b"a\xe9b".to_vec(), start: 1, end: 2 };
     assert_eq!(decode(&encoder, &[97, 0xe9, 98]), Err(invalid));
-}
-
-#[test]
-fn streamed_text_equals_lossy_decoding() {
-    fuzz(|random| {
-        let mut bytes = format!("a{}", random.text(6)).into_bytes();
-        for _ in 0..random.below(4) {
-            let at = random.below(bytes.len());
-            bytes[at] = random.next() as u8;
-        }
-        let (mut stream, mut text, mut rest) = (Utf8Stream::default(), String::new(), &bytes[..]);
-        while !rest.is_empty() {
-            let (head, tail) = rest.split_at(random.below(3.min(rest.len())) + 1);
-            text.push_str(&stream.push(head));
-            rest = tail;
-        }
-        text.push_str(&stream.flush());
-        assert_eq!(text, String::from_utf8_lossy(&bytes));
-    });
 }

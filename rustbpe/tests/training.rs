@@ -9,7 +9,36 @@ use rustbpe::count::{count_pieces, Source};
 use rustbpe::error::Error;
 use rustbpe::pattern::{Pattern, NANOCHAT_PATTERN};
 use rustbpe::piece_map::PieceMap;
-use rustbpe::train::{learn_merges, Merge};
+use rustbpe::train::{learn_merges, Merge, Watch};
+use rustbpe::vocab::MAX_ID;
+
+/// Stands for whatever error ends the work.
+const STOPPED: Error = Error::UnknownId(7);
+
+/// Lets learning go on for a number of calls.
+struct Calls {
+    left: usize,
+    num_pairs: usize,
+}
+
+impl Watch for Calls {
+    type Error = Error;
+    fn counted(&mut self, num_pairs: usize) -> Result<(), Error> {
+        self.num_pairs = num_pairs;
+        self.check()
+    }
+    fn chosen(&mut self, _: usize, _: Merge) -> Result<(), Error> {
+        self.check()
+    }
+    fn check(&mut self) -> Result<(), Error> {
+        self.left = self.left.checked_sub(1).ok_or(STOPPED)?;
+        Ok(())
+    }
+}
+
+fn learn(pieces: Vec<PieceMap<u64>>, num_merges: usize) -> Vec<Merge> {
+    learn_merges(pieces, num_merges, &mut Calls { left: usize::MAX, num_pairs: 0 }).unwrap()
+}
 
 struct Texts<'a> {
     chunks: std::slice::Chunks<'a, String>,
@@ -24,7 +53,7 @@ impl Source for Texts<'_> {
     }
     fn check(&mut self) -> Result<(), Error> {
         if self.stop_at_check {
-            Err(Error::Interrupted)
+            Err(STOPPED)
         } else {
             Ok(())
         }
@@ -98,7 +127,7 @@ fn merges_equal_the_definition() {
         let num_merges = random.below(200) + 1;
         let expected = slow_merges(&slow_count(&texts), num_merges);
         let counts = count(&texts, random.below(12) + 1, random.below(3) + 1);
-        assert_eq!(learn_merges(counts, num_merges, |_, _| true).unwrap(), expected, "{texts:?}");
+        assert_eq!(learn(counts, num_merges), expected, "{texts:?}");
     });
 }
 
@@ -108,7 +137,7 @@ fn rare_pairs_are_found_when_their_turn_comes() {
     let mut texts = vec!["the cat ".repeat(2000), "dog dig ".repeat(90)];
     texts.push("unlikely words come last, each of them once or twice".into());
     let expected = slow_merges(&slow_count(&texts), 100);
-    assert_eq!(learn_merges(count(&texts, 1, 2), 100, |_, _| true).unwrap(), expected);
+    assert_eq!(learn(count(&texts, 1, 2), 100), expected);
 }
 
 #[test]
@@ -153,9 +182,79 @@ fn a_caller_can_stop_counting_and_merging() {
     let texts = vec!["word ".repeat(3_000_000); 8];
     let pattern = Pattern::new(NANOCHAT_PATTERN).unwrap();
     let mut source = Texts { chunks: texts.chunks(1), stop_at_check: true };
-    assert_eq!(count_pieces(&pattern, 1, &mut source).err(), Some(Error::Interrupted));
-    let counts = count(&["some words here".into()], 1, 1);
-    assert_eq!(learn_merges(counts, 10, |done, _| done < 2), Err(Error::Interrupted));
+    assert_eq!(count_pieces(&pattern, 1, &mut source).err(), Some(STOPPED));
+    let learn = |left| {
+        let counts = count(&["some words here".into()], 1, 1);
+        learn_merges(counts, 10, &mut Calls { left, num_pairs: 0 })
+    };
+    let enough = (0..).find(|left| learn(*left).is_ok()).unwrap();
+    assert!((0..enough).all(|left| learn(left) == Err(STOPPED)));
+}
+
+#[test]
+fn learning_is_watched_in_all_long_loops() {
+    // Ten million slots and a first merge at a million places; most other pairs are never followed.
+    let mut counts = PieceMap::with_capacity(0);
+    for number in 0..1_000_000u32 {
+        *counts.entry(format!("aa{number:08}").as_bytes(), 0, 10) = 1;
+    }
+    let mut watch = Calls { left: 1 << 32, num_pairs: 0 };
+    learn_merges(vec![counts], 1, &mut watch).unwrap();
+    let num_calls = (1 << 32) - watch.left;
+    assert!((35..60).contains(&num_calls), "{num_calls} calls");
+    assert_eq!(watch.num_pairs, 102); // aa, a0, and any two digits
+}
+
+#[test]
+fn more_merges_than_ids_are_refused_at_once() {
+    let mut watch = Calls { left: 0, num_pairs: 0 };
+    let last = u64::from(MAX_ID) + 1;
+    assert_eq!(learn_merges(vec![], last as usize - 255, &mut watch), Err(Error::IdTooLarge(last)));
+}
+
+#[test]
+fn texts_of_one_word_are_counted_together() {
+    // With eight threads, each of which would otherwise hold a copy of all words.
+    let texts: Vec<String> = (0..400_000).map(|k| to_word(k * 7919 % 150_000 + 1)).collect();
+    let expected = slow_count(&texts);
+    let mut counts = BTreeMap::new();
+    for map in count(&texts, 500, 8) {
+        map.for_each(|piece, count| assert!(counts.insert(piece.to_vec(), count).is_none()));
+    }
+    assert!(counts == expected);
+}
+
+/// A text that only the thread that made it can read.
+struct Private(std::thread::ThreadId);
+
+impl AsRef<str> for Private {
+    fn as_ref(&self) -> &str {
+        assert_eq!(self.0, std::thread::current().id(), "a panic on purpose");
+        "text"
+    }
+}
+
+struct PrivateTexts(usize);
+
+impl Source for PrivateTexts {
+    type Text = Private;
+    type Error = Error;
+    fn next_chunk(&mut self) -> Result<Option<Vec<Private>>, Error> {
+        self.0 = self.0.wrapping_sub(1);
+        Ok((self.0 < usize::MAX).then(|| vec![Private(std::thread::current().id())]))
+    }
+    fn check(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_panic_of_a_worker_is_an_error() {
+    let pattern = Pattern::new(NANOCHAT_PATTERN).unwrap();
+    for (num_chunks, threads) in [(1, 1), (100, 1), (100, 3)] {
+        let counted = count_pieces(&pattern, threads, &mut PrivateTexts(num_chunks));
+        assert_eq!(counted.err(), Some(Error::WorkerFailed));
+    }
 }
 
 #[test]
@@ -163,7 +262,7 @@ fn counts_beyond_32_bits() {
     let mut counts = PieceMap::with_capacity(0);
     *counts.entry(b"ab", 0, 2) = 5_000_000_000;
     *counts.entry(b"bc", 0, 2) = 4_999_999_999;
-    let merges = learn_merges(vec![counts], 2, |_, _| true).unwrap();
+    let merges = learn(vec![counts], 2);
     assert_eq!(merges[0], Merge { left: 97, right: 98, count: 5_000_000_000 });
     assert_eq!(merges[1].count, 4_999_999_999);
 }

@@ -16,7 +16,7 @@ pub struct Batch<'py> {
 
 impl<'py> Batch<'py> {
     /// Takes the texts of an iterable of str.
-    pub fn new(texts: &Bound<'py, PyAny>, num_threads: Option<usize>) -> PyResult<Batch<'py>> {
+    pub fn new(texts: &Bound<'py, PyAny>, num_threads: Option<&Bound<'py, PyAny>>) -> PyResult<Batch<'py>> {
         let (py, num_threads) = (texts.py(), super::threads(num_threads)?);
         super::refuse_str(texts, "texts")?;
         let texts = texts.try_iter()?.map(|text| super::repaired(&text?)).collect::<PyResult<Vec<_>>>()?;

@@ -3,17 +3,15 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyIterator, PyString};
 
 use crate::count::{count_pieces, Source};
 use crate::encode::Encoder;
-use crate::error::Error;
-use crate::pattern::{Pattern, GPT4_PATTERN};
+use crate::pattern::Pattern;
 use crate::piece_map::PieceMap;
-use crate::train::{learn_merges, Merge};
+use crate::train::{learn_merges, Merge, Watch};
 use crate::vocab::Vocab;
 
 /// A chunk of texts ends at this size even if more strings may be buffered.
@@ -25,31 +23,28 @@ const REPORT_INTERVAL: Duration = Duration::from_secs(2);
 /// How often the merge loop takes the GIL to see signals.
 const SIGNAL_INTERVAL: Duration = Duration::from_millis(100);
 
+/// How to learn.
+pub struct Options {
+    /// Merges to learn at most.
+    pub num_merges: usize,
+    /// Strings to buffer.
+    pub num_strings: usize,
+    /// How to split.
+    pub pattern: Pattern,
+    /// Threads that count.
+    pub num_threads: usize,
+}
+
 /// Learns a vocabulary; nothing is kept of a training that fails or is interrupted.
-pub fn train(
-    py: Python<'_>,
-    iterator: &Bound<'_, PyAny>,
-    vocab_size: i64,
-    buffer_size: usize,
-    pattern: Option<&str>,
-    num_threads: usize,
-) -> PyResult<Encoder> {
-    if vocab_size < 256 {
-        return Err(Error::VocabTooSmall(vocab_size).into());
-    }
-    if buffer_size == 0 {
-        return Err(PyValueError::new_err("buffer_size is 0; give the number of strings to buffer"));
-    }
+pub fn train(py: Python<'_>, iterator: &Bound<'_, PyAny>, options: Options) -> PyResult<Encoder> {
     super::refuse_str(iterator, "iterator")?;
-    let pattern = Pattern::new(pattern.unwrap_or(GPT4_PATTERN))?;
+    let Options { num_merges, num_strings, pattern, num_threads } = options;
     let mut log = Log::new(py)?;
-    log.info(&format!("Reading texts, {buffer_size} strings at a time, {num_threads} threads"))?;
-    // Up to twice as many chunks as threads are on their way.
-    let chunk_strings = (buffer_size / (2 * num_threads)).max(1);
-    let iterator = iterator.try_iter()?.unbind();
+    log.info(&format!("Reading texts, {num_strings} strings at a time, {num_threads} threads"))?;
     let mut source = PythonTexts {
-        iterator,
-        chunk_strings,
+        iterator: iterator.try_iter()?.unbind(),
+        // Up to twice as many chunks as threads are on their way.
+        chunk_strings: (num_strings / (2 * num_threads)).max(1),
         num_texts: 0,
         num_bytes: 0,
         reported: Instant::now(),
@@ -59,14 +54,10 @@ pub fn train(
     let (num_texts, num_bytes) = (source.num_texts, source.num_bytes);
     let num_pieces: usize = pieces.iter().map(PieceMap::len).sum();
     log.info(&format!("Read {num_texts} texts, {num_bytes} bytes, with {num_pieces} distinct pieces"))?;
-    let num_merges = vocab_size as usize - 256;
     log.info(&format!("Learning {num_merges} merges"))?;
-    let mut progress = Progress::new(log, num_merges);
-    let learned = py.detach(|| learn_merges(pieces, num_merges, |done, merge| progress.step(done, merge)));
-    if let Some(error) = progress.error {
-        return Err(error);
-    }
-    finish(py, progress.log, pattern, &learned?, num_merges)
+    let mut progress = Progress { log: &mut log, num_merges, percent: 0, looked: Instant::now() };
+    let merges = py.detach(|| learn_merges(pieces, num_merges, &mut progress))?;
+    finish(py, log, pattern, &merges, num_merges)
 }
 
 fn finish(
@@ -165,41 +156,40 @@ impl PythonTexts<'_> {
 }
 
 /// Progress of the merge loop: one line per percent, and a look at signals now and then.
-struct Progress {
-    log: Log,
+struct Progress<'a> {
+    log: &'a mut Log,
     num_merges: usize,
     percent: usize,
     looked: Instant,
-    error: Option<PyErr>,
 }
 
-impl Progress {
-    fn new(log: Log, num_merges: usize) -> Progress {
-        Progress { log, num_merges, percent: 0, looked: Instant::now(), error: None }
+impl Watch for Progress<'_> {
+    type Error = PyErr;
+
+    fn counted(&mut self, num_pairs: usize) -> PyResult<()> {
+        self.log.info(&format!("The pieces have {num_pairs} distinct pairs"))
     }
 
-    /// Reports a merge; false if training must stop, with the reason in `error`.
-    fn step(&mut self, done: usize, merge: Merge) -> bool {
-        let percent = (done + 1) * 100 / self.num_merges;
-        let mut outcome = Ok(());
-        if percent > self.percent {
-            self.percent = percent;
-            outcome = self.report(done + 1, merge);
-        }
-        if done % 64 == 0 && self.looked.elapsed() >= SIGNAL_INTERVAL {
-            self.looked = Instant::now();
-            outcome = outcome.and_then(|()| Python::attach(|py| py.check_signals()));
-        }
-        self.error = outcome.err();
-        self.error.is_none()
-    }
-
-    fn report(&mut self, done: usize, merge: Merge) -> PyResult<()> {
+    fn chosen(&mut self, done: usize, merge: Merge) -> PyResult<()> {
         let Merge { left, right, count } = merge;
-        let new = 255 + done;
+        let percent = (done + 1) * 100 / self.num_merges;
+        if percent == self.percent {
+            return Ok(());
+        }
+        self.percent = percent;
         self.log.info(&format!(
-            "Learned {done} of {} merges ({}%): ({left}, {right}) -> {new}, frequency {count}",
-            self.num_merges, self.percent
+            "Learned {} of {} merges ({percent}%): ({left}, {right}) -> {}, frequency {count}",
+            done + 1,
+            self.num_merges,
+            256 + done,
         ))
+    }
+
+    fn check(&mut self) -> PyResult<()> {
+        if self.looked.elapsed() < SIGNAL_INTERVAL {
+            return Ok(());
+        }
+        self.looked = Instant::now();
+        Python::attach(|py| py.check_signals())
     }
 }
