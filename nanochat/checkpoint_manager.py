@@ -139,10 +139,15 @@ def refuse_irreplaceable(directory: Path) -> None:
             meta = read_json(directory / f"meta_{step:06d}.json")
         except UserError:  # damaged: whoever looks for a checkpoint there names it
             continue
-        if "imported_from" in meta or "files" not in meta:
+        if "imported_from" in meta:
             raise UserError(
                 f"step {step} in {directory} is an imported model, which a run in that folder could delete; start"
                 " from it into another one: base_train --init-from=TAG --model-tag=NEW, later stages --output-tag=NEW"
+            )
+        if "files" not in meta:
+            raise UserError(
+                f"step {step} in {directory} was not written by this code, and a run in that folder could delete it;"
+                " choose another one with --model-tag or --output-tag"
             )
 
 

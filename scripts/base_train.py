@@ -1,6 +1,7 @@
-"""Pretrain a model from scratch on the pretraining shards.
+"""Pretrain a model on the pretraining shards, from scratch or from the weights of another.
 
 python -m scripts.base_train --depth=12
+python -m scripts.base_train --depth=12 --init-from=imported --model-tag=further
 torchrun --standalone --nproc_per_node=8 -m scripts.base_train --depth=24
 """
 
