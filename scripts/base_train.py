@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from nanochat.configurator import as_dict, option, run
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from nanochat.checkpoint_manager import Checkpoint
@@ -90,34 +92,17 @@ class Config:
 
 def main(cfg: Config) -> None:
     """Pretrain a model on the pretraining shards, from scratch or from the weights of another."""
-    from nanochat.checkpoint_manager import Checkpoint, locate
-    from nanochat.common import UserError, distributed, print0
+    from nanochat.common import distributed, print0
     from nanochat.dataloader import PretrainLoader
     from nanochat.scaling import accumulation_steps
-    from nanochat.stage import (
-        announce,
-        announce_batch,
-        announce_model,
-        checkpoint_folder,
-        finish,
-        output_folder,
-    )
+    from nanochat.stage import announce, announce_batch, announce_model, finish
     from nanochat.tokenizer import get_tokenizer
-    from nanochat.trainer import TrainingPlan, find_resume_point, train
+    from nanochat.trainer import TrainingPlan, train
 
     with distributed(cfg.device_type, cfg.seed) as world:
         dtype, compiled = announce(world, cfg.compile)
-        tag, origin = cfg.model_tag or f"d{cfg.depth}", None
-        if cfg.init_from is None:
-            directory = checkpoint_folder("base", tag)
-        else:
-            if cfg.smear_init:
-                raise UserError("--smear-init is for new weights; --init-from takes those of another model")
-            origin = Checkpoint.open(*locate("base", cfg.init_from))
-            directory = output_folder("base", origin.directory, tag)
-        resume_from = find_resume_point(directory, world, cfg.resume)
-        origin = resume_from or origin
-
+        directory, initial, resume_from = find_start(cfg, world)
+        origin = resume_from or initial
         tokenizer = get_tokenizer() if origin is None else origin.tokenizer()
         model = start_model(cfg, origin, tokenizer.get_vocab_size(), world.device, dtype)
         announce_model(model)
@@ -162,6 +147,27 @@ def main(cfg: Config) -> None:
         finish("Base model training", plan, world, model, state, {"Tokens : Scaling params ratio": ratio})
 
 
+def find_start(cfg: Config, world: World) -> tuple[Path, Checkpoint | None, Checkpoint | None]:
+    """The folder to write, the checkpoint of --init-from, and the one to resume from."""
+    from nanochat.checkpoint_manager import Checkpoint, locate
+    from nanochat.common import UserError, print0
+    from nanochat.stage import checkpoint_folder, output_folder
+    from nanochat.trainer import find_resume_point
+
+    tag, initial = cfg.model_tag or f"d{cfg.depth}", None
+    if cfg.init_from is None:
+        directory = checkpoint_folder("base", tag)
+    else:
+        if cfg.smear_init:
+            raise UserError("--smear-init is for new weights; --init-from takes those of another model")
+        initial = Checkpoint.open(*locate("base", cfg.init_from))
+        directory = output_folder("base", initial.directory, tag)
+    resume_from = find_resume_point(directory, world, cfg.resume)
+    if initial is not None and resume_from is None:
+        print0(f"initial weights: {initial.directory} step {initial.step}; the optimizer starts fresh")
+    return directory, initial, resume_from
+
+
 def start_model(
     cfg: Config, origin: Checkpoint | None, vocab_size: int, device: torch.device, dtype: torch.dtype
 ) -> GPT:
@@ -170,7 +176,7 @@ def start_model(
     A checkpoint also decides what no flag names, such as the RoPE base of an import. Raises UserError if it
     is of another size than the flags describe.
     """
-    from nanochat.common import UserError, print0
+    from nanochat.common import UserError
     from nanochat.gpt import GPT
 
     wanted = network(cfg, vocab_size)
@@ -187,8 +193,6 @@ def start_model(
         raise UserError(
             f"the model in {origin.directory} is not the one that the flags describe: {', '.join(other)}"
         )
-    if origin.directory.name == cfg.init_from:
-        print0(f"initial weights: {origin.directory} step {origin.step}; the optimizer starts fresh")
     return origin.model(device, dtype)
 
 
