@@ -51,7 +51,9 @@ def _training(meta: dict[str, Any]) -> dict[str, Any]:
     return {
         **{name: value for name, value in batch.items() if type(value) is int and value > 0},
         "user_config": {
-            name: value for name, value in rates.items() if type(value) in (int, float) and 0 < value < 1000
+            name: value
+            for name, value in rates.items()
+            if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1000
         },
     }
 
