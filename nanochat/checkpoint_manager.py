@@ -12,9 +12,10 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -108,7 +109,8 @@ def update_meta(directory: Path, step: int, changes: dict) -> None:
 
 
 def delete_checkpoints(directory: Path) -> None:
-    """Delete all checkpoints of a folder and say so."""
+    """Delete all checkpoints of a folder and say so. Raises UserError where that would be for ever."""
+    refuse_irreplaceable(directory)
     if steps := list_steps(directory):
         print0(f"deleting the checkpoints of an earlier run in {directory}: steps {steps}")
     for step in steps:
@@ -128,6 +130,25 @@ def list_steps(directory: Path) -> list[int]:
     """Steps of all checkpoints with a meta file, ascending."""
     names = (re.fullmatch(r"meta_(\d+)\.json", path.name) for path in directory.glob("meta_*.json"))
     return sorted(int(match[1]) for match in names if match)
+
+
+def refuse_irreplaceable(directory: Path) -> None:
+    """Raise a UserError if a folder holds checkpoints that no run of ours made: imports, and upstream's own."""
+    for step in list_steps(directory):
+        try:
+            meta = read_json(directory / f"meta_{step:06d}.json")
+        except UserError:  # damaged: whoever looks for a checkpoint there names it
+            continue
+        if "imported_from" in meta:
+            raise UserError(
+                f"step {step} in {directory} is an imported model, which a run in that folder could delete; start"
+                " from it into another one: base_train --init-from=TAG --model-tag=NEW, later stages --output-tag=NEW"
+            )
+        if "files" not in meta:
+            raise UserError(
+                f"step {step} in {directory} was not written by this code, and a run in that folder could delete it;"
+                " choose another one with --model-tag or --output-tag"
+            )
 
 
 def check_files(directory: Path, step: int) -> str | None:
@@ -262,10 +283,19 @@ class Checkpoint:
         return model
 
     def _load(self, name: str, device: torch.device | str) -> dict:
-        try:
-            return torch.load(self.directory / name, map_location=device, weights_only=True)
-        except Exception as error:  # torch raises many kinds for a broken file
-            raise UserError(f"cannot read {self.directory / name}: {error}") from None
+        return load_tensors(self.directory / name, device)
+
+
+def load_tensors(path: Path, device: torch.device | str) -> Any:
+    """What torch.save wrote. The restricted reader builds tensors and plain containers and calls nothing else."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location=device, weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception:  # torch raises many kinds for a broken file, with advice to read it without restriction
+        raise UserError(f"cannot read {path}: it is damaged, or holds more than tensors") from None
 
 
 def load_model(

@@ -48,7 +48,4 @@ def read_config(stored: Mapping[str, Any]) -> GPTConfig:
             f"the model configuration lacks {', '.join(sorted(missing))}; if upstream nanochat wrote it, "
             "import the checkpoint with python -m scripts.import_upstream"
         )
-    try:
-        return GPTConfig(**settings)
-    except (TypeError, ArithmeticError, AttributeError) as error:
-        raise UserError(f"the model configuration holds impossible values: {error}") from None
+    return GPTConfig(**settings)

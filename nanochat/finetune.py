@@ -7,7 +7,7 @@ conversation in mid-training, what the assistant says in SFT.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from nanochat.common import print0
 from nanochat.configurator import as_dict, option
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from nanochat.tokenizer import RustBPETokenizer
     from nanochat.trainer import Evaluation
 
+N = TypeVar("N", int, float)
+
 
 @dataclass(frozen=True)
 class FinetuneConfig:
@@ -33,8 +35,9 @@ class FinetuneConfig:
     device_type: str = option("", "cuda, mps or cpu; empty: the best there is")
     compile: str = option("auto", "compile the step", choices=("auto", "on", "off"))
     source: str = option("base", "stage whose model to start from", choices=("base", "mid", "sft"))
-    model_tag: str | None = option(None, "checkpoint folder to read and to write; default the largest")
+    model_tag: str | None = option(None, "checkpoint folder to read; default the largest")
     model_step: int | None = option(None, "step of the source model; default the last")
+    output_tag: str | None = option(None, "checkpoint folder to write; default the name of the one read")
     load_optimizer: bool = option(True, "start from the source's optimizer state")
     num_iterations: int = option(-1, "optimizer steps; -1: from --num-epochs")
     num_epochs: int = option(1, "passes over the mixture")
@@ -82,14 +85,14 @@ def finetune(
     from nanochat.checkpoint_manager import Checkpoint, locate
     from nanochat.common import distributed
     from nanochat.scaling import REFERENCE_BATCH, accumulation_steps
-    from nanochat.stage import announce, announce_batch, announce_model, checkpoint_folder, finish
+    from nanochat.stage import announce, announce_batch, announce_model, finish, output_folder
     from nanochat.trainer import TrainingPlan, find_resume_point, train
 
     with distributed(cfg.device_type) as world:
         dtype, compiled = announce(world, cfg.compile)
         source = Checkpoint.open(*locate(cfg.source, cfg.model_tag, cfg.model_step))
         print0(f"source model: {source.directory} step {source.step}")
-        tokenizer, directory = source.tokenizer(), checkpoint_folder(stage, source.directory.name)
+        tokenizer, directory = source.tokenizer(), output_folder(stage, source.directory, cfg.output_tag)
         resume_from = find_resume_point(directory, world, cfg.resume)
         model = (resume_from or source).model(world.device, dtype)
         announce_model(model)
@@ -148,9 +151,8 @@ def inherit_sizes(cfg: FinetuneConfig, source: Checkpoint, world: World) -> Size
     """Fill what the flags leave open from the source's metadata, and say so."""
     values = {}
     for name, fallback in (("max_seq_len", 2048), ("device_batch_size", 32), ("total_batch_size", 524288)):
-        given, stored = getattr(cfg, name), source.meta.get(name, fallback)
-        values[name] = stored if given is None else given
-        print0(f"{name}: {values[name]:,} ({'as in the source run' if given is None else 'flag'})")
+        values[name], origin = _inherited(getattr(cfg, name), source.meta.get(name), fallback)
+        print0(f"{name}: {values[name]:,} ({origin})")
     if cfg.device_batch_size is None:  # the source may have used another number of ranks
         rows_per_step = values["total_batch_size"] // (values["max_seq_len"] * world.size)
         fitting = range(min(values["device_batch_size"], max(rows_per_step, 1)), 0, -1)
@@ -193,10 +195,16 @@ def inherit_rates(cfg: FinetuneConfig, source: Checkpoint) -> dict[str, float]:
     }  # fmt: skip
     found = {}
     for name, fallback in fallbacks.items():
-        given = getattr(cfg, name, None)
-        inherited = stored.get(name)
-        found[name] = given if given is not None else fallback if inherited is None else inherited
+        found[name], origin = _inherited(getattr(cfg, name, None), stored.get(name), fallback)
+        print0(f"{name} {found[name]:g} ({origin})")
     return found
+
+
+def _inherited(given: N | None, stored: N | None, fallback: N) -> tuple[N, str]:
+    """A setting and where it comes from: the flag, else the source run, else the default."""
+    if given is not None:
+        return given, "flag"
+    return (fallback, "default") if stored is None else (stored, "as in the source run")
 
 
 def make_optimizer(

@@ -8,6 +8,7 @@ B batch, T time, C width (n_embd), H heads, D head size, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -68,6 +69,13 @@ class GPTConfig:
         return replace(plain, **sizes)
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            kind = type(getattr(GPTConfig, name))  # of the default
+            fits = type(value) is kind or (kind is float and type(value) is int)
+            if not fits or (kind in (int, float) and not 0 < value < math.inf):
+                raise UserError(f"{name} cannot be {value!r}")
+        if self.rope_dtype not in ("compute", "bfloat16"):
+            raise UserError(f"rope_dtype {self.rope_dtype!r} is neither compute nor bfloat16")
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if self.n_kv_head > self.n_head or self.n_head % self.n_kv_head:
@@ -280,8 +288,10 @@ class GPT(nn.Module):
         frequency = 1.0 / (config.rope_base**half)
         position = torch.arange(ROTARY_FACTOR * config.sequence_len, dtype=torch.float32, device=device)
         angle = torch.outer(position, frequency)[None, :, None, :]
-        dtype = torch.bfloat16 if config.rope_dtype == "bfloat16" else self.compute_dtype
-        self.cos, self.sin = angle.cos().to(dtype), angle.sin().to(dtype)
+        cos, sin = angle.cos(), angle.sin()
+        if config.rope_dtype == "bfloat16":
+            cos, sin = cos.bfloat16(), sin.bfloat16()
+        self.cos, self.sin = cos.to(self.compute_dtype), sin.to(self.compute_dtype)
 
     @property
     def blocks(self) -> Sequence[Block]:

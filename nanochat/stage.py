@@ -8,6 +8,7 @@ import torch
 
 from nanochat.checkpoint_manager import stage_dir
 from nanochat.common import (
+    UserError,
     World,
     compute_dtype,
     data_source,
@@ -56,6 +57,14 @@ def checkpoint_folder(stage: str, model_tag: str) -> Path:
     """Where this run's checkpoints and metrics go."""
     directory = stage_dir(stage) / model_tag
     print0(f"checkpoints and metrics.jsonl: {directory}")
+    return directory
+
+
+def output_folder(stage: str, source: Path, output_tag: str | None) -> Path:
+    """Where a run goes that starts from the model in `source`. Raises UserError for that folder itself."""
+    directory = checkpoint_folder(stage, output_tag or source.name)
+    if directory == source:
+        raise UserError(f"{source} is both what is read and what is written; name another with --output-tag")
     return directory
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import pickletools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,12 @@ from nanochat.tokenizer_hf import byte_level_alphabet
 if TYPE_CHECKING:
     from nanochat.tokenizer import Vocabulary
 
+# The instructions that build a tiktoken encoding: two tables of strings or bytes and numbers, and the object.
+_PICKLE_OPCODES = {
+    "PROTO", "FRAME", "MARK", "STOP", "GLOBAL", "STACK_GLOBAL", "EMPTY_TUPLE", "NEWOBJ", "BUILD", "EMPTY_DICT",
+    "SETITEM", "SETITEMS", "BINUNICODE", "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES", "BININT", "BININT1",
+    "BININT2", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "MEMOIZE",
+}  # fmt: skip
 # What pickling a tiktoken encoding stores.
 _STATE = {"name": str, "pat_str": str, "mergeable_ranks": dict, "special_tokens": dict}
 _ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -191,6 +198,7 @@ def read_tokenizer_pickle(path: str | Path) -> Vocabulary:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     try:
+        _check_instructions(data)
         encoding = _Unpickler(io.BytesIO(data)).load()
     # The format is a little machine; damaged programs fail in every one of these ways.
     except (
@@ -208,6 +216,15 @@ def read_tokenizer_pickle(path: str | Path) -> Vocabulary:
     )
     _check(vocabulary, path)
     return vocabulary
+
+
+def _check_instructions(data: bytes) -> None:
+    """Raise for a pickle that could exhaust the stack or the memory before it fails."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name not in _PICKLE_OPCODES:
+            raise pickle.UnpicklingError(f"it holds the instruction {opcode.name}")
+        if opcode.name == "LONG_BINPUT" and (argument or 0) > len(data):  # a table of that size would be made
+            raise pickle.UnpicklingError("it numbers more values than it has bytes")
 
 
 def _check(vocabulary: Vocabulary, path: str | Path) -> None:

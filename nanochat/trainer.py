@@ -24,6 +24,7 @@ from nanochat.checkpoint_manager import (
     Checkpoint,
     delete_checkpoints,
     newest_good_step,
+    refuse_irreplaceable,
     save_checkpoint,
     update_meta,
 )
@@ -100,11 +101,14 @@ def find_resume_point(directory: Path, world: World, resume: str) -> Checkpoint 
 
     resume: "auto" for the newest whole checkpoint in the folder, "never", or a step. "never" deletes what an
     earlier run left in the folder, since its later steps would be taken for this run's.
+    Raises UserError if the folder holds a model that no run made: it is neither continued nor deleted.
     """
+    refuse_irreplaceable(directory)
     step = -1
     if world.is_main:
         if resume == "auto":
-            step = newest_good_step(directory) or -1
+            newest = newest_good_step(directory)
+            step = -1 if newest is None else newest
         elif resume == "never":
             delete_checkpoints(directory)
         elif resume.isdigit():
@@ -160,7 +164,7 @@ def _restore(checkpoint: Checkpoint, plan: TrainingPlan, optimizer: MuonAdamW) -
         if checkpoint.meta.get(name) != value:
             raise UserError(
                 f"{checkpoint.directory} holds a run with {name} {checkpoint.meta.get(name)}, not {value};"
-                " use its settings, another --model-tag, or --resume=never to start over"
+                " use its settings, another folder (--model-tag or --output-tag), or --resume=never to start over"
             )
     optimizer_state = checkpoint.optimizer_state()
     if optimizer_state is None:

@@ -1,6 +1,7 @@
-"""Pretrain a model from scratch on the pretraining shards.
+"""Pretrain a model on the pretraining shards, from scratch or from the weights of another.
 
 python -m scripts.base_train --depth=12
+python -m scripts.base_train --depth=12 --init-from=imported --model-tag=further
 torchrun --standalone --nproc_per_node=8 -m scripts.base_train --depth=24
 """
 
@@ -12,10 +13,13 @@ from typing import TYPE_CHECKING
 from nanochat.configurator import as_dict, option, run
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
+    from nanochat.checkpoint_manager import Checkpoint
     from nanochat.common import World
-    from nanochat.gpt import GPT
+    from nanochat.gpt import GPT, GPTConfig
     from nanochat.scaling import Horizon
     from nanochat.schedule import Schedule
     from nanochat.tokenizer import RustBPETokenizer
@@ -76,6 +80,9 @@ class Config:
     core_metric_max_per_task: int = option(500, "examples per CORE task; -1: all")
     sample_every: int = option(2000, "steps between samples; -1: off")
     # checkpoints
+    init_from: str | None = option(
+        None, "folder of a base model of the same sizes whose weights, tokenizer and constants to start with"
+    )
     model_tag: str | None = option(None, "name of the checkpoint folder; default d<depth>")
     save_every: int = option(-1, "steps between checkpoints; -1: only at the end and when interrupted")
     keep_last: int = option(0, "checkpoints to keep; 0: all")
@@ -84,25 +91,20 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    """Pretrain a model from scratch on the pretraining shards."""
+    """Pretrain a model on the pretraining shards, from scratch or from the weights of another."""
     from nanochat.common import distributed, print0
     from nanochat.dataloader import PretrainLoader
     from nanochat.scaling import accumulation_steps
-    from nanochat.stage import announce, announce_batch, announce_model, checkpoint_folder, finish
+    from nanochat.stage import announce, announce_batch, announce_model, finish
     from nanochat.tokenizer import get_tokenizer
-    from nanochat.trainer import TrainingPlan, find_resume_point, train
+    from nanochat.trainer import TrainingPlan, train
 
     with distributed(cfg.device_type, cfg.seed) as world:
         dtype, compiled = announce(world, cfg.compile)
-        tokenizer = get_tokenizer()
-        directory = checkpoint_folder("base", cfg.model_tag or f"d{cfg.depth}")
-        resume_from = find_resume_point(directory, world, cfg.resume)
-
-        model = build_model(cfg, tokenizer.get_vocab_size(), world.device, dtype)
-        if resume_from is None:
-            model.init_weights(cfg.smear_init)
-        else:
-            model.load_state_dict(resume_from.model_state(world.device))
+        directory, initial, resume_from = find_start(cfg, world)
+        origin = resume_from or initial
+        tokenizer = get_tokenizer() if origin is None else origin.tokenizer()
+        model = start_model(cfg, origin, tokenizer.get_vocab_size(), world.device, dtype)
         announce_model(model)
 
         horizon = plan_run(cfg, model)
@@ -145,9 +147,58 @@ def main(cfg: Config) -> None:
         finish("Base model training", plan, world, model, state, {"Tokens : Scaling params ratio": ratio})
 
 
-def build_model(cfg: Config, vocab_size: int, device: torch.device | str, dtype: torch.dtype) -> GPT:
-    """The network that the flags describe, allocated but not initialised."""
-    from nanochat.gpt import GPT, GPTConfig
+def find_start(cfg: Config, world: World) -> tuple[Path, Checkpoint | None, Checkpoint | None]:
+    """The folder to write, the checkpoint of --init-from, and the one to resume from."""
+    from nanochat.checkpoint_manager import Checkpoint, locate
+    from nanochat.common import UserError, print0
+    from nanochat.stage import checkpoint_folder, output_folder
+    from nanochat.trainer import find_resume_point
+
+    tag, initial = cfg.model_tag or f"d{cfg.depth}", None
+    if cfg.init_from is None:
+        directory = checkpoint_folder("base", tag)
+    else:
+        if cfg.smear_init:
+            raise UserError("--smear-init is for new weights; --init-from takes those of another model")
+        initial = Checkpoint.open(*locate("base", cfg.init_from))
+        directory = output_folder("base", initial.directory, tag)
+    resume_from = find_resume_point(directory, world, cfg.resume)
+    if initial is not None and resume_from is None:
+        print0(f"initial weights: {initial.directory} step {initial.step}; the optimizer starts fresh")
+    return directory, initial, resume_from
+
+
+def start_model(
+    cfg: Config, origin: Checkpoint | None, vocab_size: int, device: torch.device, dtype: torch.dtype
+) -> GPT:
+    """The network at the start: drawn at random, or that of a checkpoint.
+
+    A checkpoint also decides what no flag names, such as the RoPE base of an import. Raises UserError if it
+    is of another size than the flags describe.
+    """
+    from nanochat.common import UserError
+    from nanochat.gpt import GPT
+
+    wanted = network(cfg, vocab_size)
+    if origin is None:
+        model = GPT.build(wanted, device, dtype)
+        model.init_weights(cfg.smear_init)
+        return model
+    found = origin.config()
+    names = (
+        "sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern", "use_lambdas",
+    )  # fmt: skip
+    pairs = [(name, getattr(found, name), getattr(wanted, name)) for name in names]
+    if other := [f"{name} {ours} instead of {flags}" for name, ours, flags in pairs if ours != flags]:
+        raise UserError(
+            f"the model in {origin.directory} is not the one that the flags describe: {', '.join(other)}"
+        )
+    return origin.model(device, dtype)
+
+
+def network(cfg: Config, vocab_size: int) -> GPTConfig:
+    """The network that the flags describe."""
+    from nanochat.gpt import GPTConfig
     from nanochat.scaling import model_dimensions
 
     size = model_dimensions(cfg.depth, cfg.aspect_ratio, cfg.head_dim)
@@ -160,8 +211,8 @@ def build_model(cfg: Config, vocab_size: int, device: torch.device | str, dtype:
         "n_kv_head": cfg.kv_heads or size.n_head,
     }
     if cfg.arch == "classic":
-        return GPT.build(GPTConfig.classic(**sizes), device, dtype)
-    return GPT.build(GPTConfig.modern(window_pattern=cfg.window_pattern, **sizes), device, dtype)
+        return GPTConfig.classic(**sizes)
+    return GPTConfig.modern(window_pattern=cfg.window_pattern, **sizes)
 
 
 def scaling_params(model: GPT) -> int:
@@ -173,11 +224,11 @@ def plan_run(cfg: Config, model: GPT) -> Horizon:
     """Steps, batch and scale of the learning rates; the 12-layer model with the same flags is the reference."""
     from dataclasses import replace
 
+    from nanochat.gpt import GPT
     from nanochat.scaling import REFERENCE_DEPTH, plan_horizon
 
-    reference = build_model(
-        replace(cfg, depth=REFERENCE_DEPTH), model.config.vocab_size, "meta", model.compute_dtype
-    )
+    reference_config = network(replace(cfg, depth=REFERENCE_DEPTH), model.config.vocab_size)
+    reference = GPT.build(reference_config, "meta", model.compute_dtype)
     return plan_horizon(
         scaling_params(model),
         scaling_params(reference),
@@ -205,15 +256,16 @@ def make_schedule(cfg: Config, horizon: Horizon) -> Schedule:
 
 def evaluations(cfg: Config, model: GPT, tokenizer: RustBPETokenizer, world: World) -> tuple[Evaluation, ...]:
     """Bits per byte on the validation shard, CORE, and a few continuations to look at."""
+    import torch
+
     from nanochat.common import print0
     from nanochat.core_eval import evaluate_core
     from nanochat.dataloader import PretrainLoader
     from nanochat.engine import Engine
     from nanochat.loss_eval import evaluate_bpb
-    from nanochat.tokenizer import get_token_bytes
     from nanochat.trainer import Evaluation
 
-    token_bytes = get_token_bytes(world.device)
+    token_bytes = torch.from_numpy(tokenizer.token_bytes_lengths()).to(world.device)
 
     def bits_per_byte(step: int) -> dict:
         loader = PretrainLoader(tokenizer, cfg.device_batch_size, cfg.max_seq_len, "val", world)

@@ -66,7 +66,7 @@ def main(cfg: Config) -> None:
         accuracies = {name: score.accuracy for name, score in scores.items()}
         get_report().log(
             section=f"Chat evaluation {cfg.source}",
-            data=[as_dict(cfg) | {"step": step}, accuracies, metrics],
+            data=[as_dict(cfg) | {"model_tag": directory.name, "step": step}, accuracies, metrics],
         )
 
 

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 class Config:
     run: str = option("dummy", "wandb run name; dummy: no wandb")
     device_type: str = option("", "cuda, mps or cpu; empty: the best there is")
-    source: str = option("sft", "stage whose model to start from", choices=("mid", "sft"))
-    model_tag: str | None = option(None, "checkpoint folder to read and to write; default the largest")
+    source: str = option("sft", "stage whose model to start from", choices=("mid", "sft", "rl"))
+    model_tag: str | None = option(None, "checkpoint folder to read; default the largest")
     model_step: int | None = option(None, "step of the source model; default the last")
+    output_tag: str | None = option(None, "checkpoint folder to write; default the name of the one read")
     num_epochs: int = option(1, "passes over the questions")
     num_iterations: int = option(-1, "optimizer steps; -1: from --num-epochs")
     device_batch_size: int = option(8, "sequences per forward and backward pass")
@@ -57,7 +58,7 @@ def main(cfg: Config) -> None:
     from nanochat.common import UserError, distributed, print0
     from nanochat.engine import Engine
     from nanochat.rl import GroupSampler, RLPlan, train_rl
-    from nanochat.stage import announce, announce_model, checkpoint_folder
+    from nanochat.stage import announce, announce_model, output_folder
     from nanochat.trainer import find_resume_point
     from tasks.gsm8k import GSM8K
 
@@ -69,7 +70,7 @@ def main(cfg: Config) -> None:
             )
         source = Checkpoint.open(*locate(cfg.source, cfg.model_tag, cfg.model_step))
         print0(f"source model: {source.directory} step {source.step}")
-        directory = checkpoint_folder("rl", source.directory.name)
+        directory = output_folder("rl", source.directory, cfg.output_tag)
         resume_from = find_resume_point(directory, world, cfg.resume)
         model, tokenizer = (resume_from or source).model(world.device, dtype), source.tokenizer()
         announce_model(model)

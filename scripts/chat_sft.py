@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config(FinetuneConfig):
-    source: str = option("mid", "stage whose model to start from", choices=("base", "mid"))
+    source: str = option("mid", "stage whose model to start from", choices=("base", "mid", "sft"))
     init_lr_frac: float = option(0.8, "all learning rates are multiplied by this")
     warmdown_ratio: float = option(0.5, "part of the run with falling learning rate")
     eval_every: int = option(200, "steps between validations; -1: off")

@@ -24,11 +24,12 @@ class Config:
 
 def main(cfg: Config) -> None:
     """Import a NanoChat model, classic or exported by us, from safetensors and JSON."""
-    from nanochat.interop.hf_import import fetch, read_folder, save_as_checkpoint
+    from nanochat.interop.hf_import import fetch, read_folder
+    from nanochat.interop.imported import save_as_checkpoint
 
-    folder = fetch(cfg.path, cfg.revision)
+    folder, commit = fetch(cfg.path, cfg.revision)
     tag = cfg.model_tag or Path(cfg.path).resolve().name
-    origin = {"format": "hugging face", "path": cfg.path, "revision": cfg.revision}
+    origin = {"format": "hugging face", "path": cfg.path, "revision": cfg.revision, "commit": commit}
     save_as_checkpoint(read_folder(folder), cfg.stage, tag, cfg.step, origin)
 
 

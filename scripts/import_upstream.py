@@ -13,7 +13,7 @@ from nanochat.configurator import option, run
 
 @dataclass(frozen=True)
 class Config:
-    path: str = option(..., "folder with model_<step>.pt and meta_<step>.json")
+    path: str = option(..., "folder on this disk with model_<step>.pt and meta_<step>.json")
     stage: str = option(..., "what the model is", short="i", choices=("base", "mid", "sft", "rl"))
     model_tag: str | None = option(None, "checkpoint folder to make; default <source>-imported", short="g")
     step: int | None = option(None, "step to import; default the last", short="s")
@@ -23,7 +23,7 @@ class Config:
 
 def main(cfg: Config) -> None:
     """Import an upstream checkpoint; pickles are read by readers that cannot call anything."""
-    from nanochat.interop.hf_import import save_as_checkpoint
+    from nanochat.interop.imported import save_as_checkpoint
     from nanochat.interop.upstream_import import read_upstream
 
     directory = Path(cfg.path)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanochat import checkpoint_manager as cm
-from nanochat.common import UserError, read_json
+from nanochat.common import UserError, read_json, write_json
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import get_tokenizer
 
@@ -118,6 +118,16 @@ def test_keep_last_and_delete(tiny_run, model, capsys):
     assert not (directory / "model_000001.pt").exists()
     cm.delete_checkpoints(directory)
     assert cm.list_steps(directory) == [] and "steps [2, 3]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("edit", [{"imported_from": {"format": "upstream"}}, {"files": None}])
+def test_what_no_run_made_is_not_deleted(tiny_run, model, edit):
+    directory = save(tiny_run, model)
+    meta = read_json(directory / "meta_000001.json") | edit
+    write_json(directory / "meta_000001.json", {k: v for k, v in meta.items() if v is not None})
+    with pytest.raises(UserError, match=r"step 1 in .*, and a run|step 1 in .* is an imported model"):
+        cm.delete_checkpoints(directory)
+    assert cm.list_steps(directory) == [1]
 
 
 def test_missing_things_are_one_line(tiny_run, model):

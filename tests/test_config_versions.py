@@ -49,9 +49,14 @@ def test_what_cannot_be_read_is_said():
         read_config(stored | {"version": 99})
     with pytest.raises(UserError, match=r"unknown settings \['warp'\]"):
         read_config(stored | {"warp": 9})
-    for impossible in ({"n_head": 0}, {"n_embd": "wide"}, {"window_pattern": 3}):
-        with pytest.raises(UserError, match="impossible values"):
-            read_config(stored | impossible)
+    impossible = {
+        "n_head": 0, "n_embd": "wide", "vocab_size": 2.5, "window_pattern": 3, "rope_dtype": "float8_e4m3fn",
+        "logit_softcap": 0, "rope_base": "x", "qk_scale": float("nan"), "short_window_divisor": 0,
+        "short_window_multiple": "x", "use_smear": 1, "n_layer": True,
+    }  # fmt: skip
+    for name, value in impossible.items():
+        with pytest.raises(UserError, match=name):
+            read_config(stored | {name: value})
     # upstream records sizes only; taking our defaults for the rest would compute another network
     upstream = {"sequence_len": 8, "vocab_size": 8, "n_layer": 1, "n_head": 1, "n_kv_head": 1, "n_embd": 8}
     with pytest.raises(UserError, match=r"lacks .*rope_base.* scripts\.import_upstream"):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from nanochat.common import UserError
 from nanochat.gpt import GPT
-from nanochat.interop.gguf_export import export_gguf, mean_loss, read_gguf
+from nanochat.interop.gguf_export import ALLOWED, export_gguf, mean_loss, read_gguf
 from nanochat.interop.samples import PARAGRAPHS
-from nanochat.tokenizer import SPECIAL_TOKENS
+from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
 from tests.toy_export import CLASSIC, VOCAB_SIZE, tokenizer, toy_model, trained
 
 gguf = pytest.importorskip("gguf")
@@ -93,6 +95,24 @@ def test_what_has_no_gguf_form_is_refused(tmp_path):
         export_gguf(
             toy_model("one key head, other RoPE and cap"), tokenizer(), tmp_path / "model.gguf", "q8_0"
         )
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(UserError, match="is already there"):
         export_gguf(toy_model("grouped"), tokenizer(), tmp_path, "f32")
+    other = RustBPETokenizer(replace(tokenizer().vocabulary, pattern=r"\S+|\s+"))
+    with pytest.raises(UserError, match="this tokenizer has another"):
+        export_gguf(toy_model("grouped"), other, tmp_path / "model.gguf", "f32")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "model.gguf").write_text("dear")
+    with pytest.raises(UserError, match="is already there"):
+        export_gguf(toy_model("grouped"), tokenizer(), tmp_path / "model.gguf", "f32")
+    assert (tmp_path / "model.gguf").read_text() == "dear"
+
+
+def test_a_form_that_loses_too_much_is_refused(tmp_path, monkeypatch):
+    model = toy_model("grouped")
+    monkeypatch.setitem(ALLOWED, "q4_0", 1e-4)
+    with pytest.raises(UserError, match=r"as q4_0 the loss .* instead of .*more bits"):
+        export_gguf(model, tokenizer(), tmp_path / "model.gguf", "q4_0")
+    model.lm_head.weight.data[3, 5] = 1e30  # beyond half precision
+    with pytest.raises(UserError, match=r"lm_head\.weight holds weights that f16 cannot express"):
+        export_gguf(model, tokenizer(), tmp_path / "model.gguf", "f16")
     assert not list(tmp_path.iterdir())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from nanochat.gpt import GPT
 from nanochat.interop import hf_config, hf_export, hf_import
 from nanochat.interop.verification import load_with_transformers, logit_difference
 from tests.toy_export import CLASSIC, MODERN, VOCAB_SIZE, random_ids, tokenizer, toy_model, trained
+from tests.toy_model import random_model
 
 pytestmark = pytest.mark.usefixtures("one_seeded_thread")
 
@@ -104,11 +104,16 @@ def test_modern_cache_in_chunks_static_padded_and_with_beams(exported):
     assert beams[0] == beams[1]
 
 
-def test_modern_survives_transformers_own_saving(exported, tmp_path):
-    model, folder = exported("all features", "trained")
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "all features" else pytest.param(name, marks=pytest.mark.slow) for name in MODERN],
+)
+def test_modern_survives_transformers_own_saving(exported, tmp_path, name):
+    model, folder = exported(name)
     load(folder, model).save_pretrained(tmp_path / "again")
-    loaded = load(tmp_path / "again", model)
+    loaded, prompt = load(tmp_path / "again", model), random_ids(1, 20, seed=9)
     assert logit_difference(loaded, model, random_ids(1, 120)[0].tolist()) < 1e-4
+    assert greedy(loaded, prompt, 200)[0] == list(model.generate(prompt[0].tolist(), 200, temperature=0))
     # and it can still become ours
     (tmp_path / "again" / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     assert hf_import.read_folder(tmp_path / "again").config == model.config
@@ -147,7 +152,7 @@ def test_windows_longer_than_the_context_are_no_windows():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["grouped", "all features"])
+@pytest.mark.parametrize("name", ["grouped", *MODERN])
 def test_compiled_models_compute_the_same(exported, name):
     model, folder = exported(name)
     loaded, ids = load(folder, model), random_ids(1, 40)
@@ -204,13 +209,41 @@ def test_a_folder_that_computes_something_else_is_not_kept(tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "change", [{"sliding_window": 514}, {"layer_types": ["hybrid"] + ["full_attention"] * 2}]
+)
+def test_short_windows_are_verified_at_real_sizes(tmp_path, monkeypatch, change):
+    sizes = dict(n_layer=3, n_head=2, n_kv_head=1, n_embd=32, sequence_len=2048, vocab_size=VOCAB_SIZE)
+    model = random_model("modern", window_pattern="SSL", **sizes)  # 512 tokens
+    write = hf_config.to_hf_config
+    monkeypatch.setattr(hf_config, "to_hf_config", lambda config: write(config) | change)
+    with pytest.raises(UserError, match="logits differ"):
+        hf_export.export_folder(model, tokenizer(), tmp_path / "out", "", is_chat=True)
+    monkeypatch.setattr(hf_config, "to_hf_config", write)
+    hf_export.export_folder(model, tokenizer(), tmp_path / "out", "", is_chat=True)
+
+
+def test_what_transformers_cannot_run_is_one_line(tmp_path, monkeypatch):
+    write = hf_config.to_hf_config
+    monkeypatch.setattr(
+        hf_config, "to_hf_config", lambda config: write(config) | {"num_attention_heads": "x"}
+    )
+    with pytest.raises(UserError, match=r"transformers cannot run .*out: \w+") as caught:
+        hf_export.export_folder(toy_model("ungrouped"), tokenizer(), tmp_path / "out", "", is_chat=True)
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
 def test_nothing_is_lost_on_the_way():
     model = toy_model("ungrouped")
     state = model.state_dict()
     with pytest.raises(UserError, match=r"bigram_lambdas has no counterpart"):
         hf_config.to_hf_state(state | {"bigram_lambdas": torch.zeros(2)}, model.config)
-    with pytest.raises(UserError, match="fp32 does not hold"):
-        hf_config.to_hf_state({"lm_head.weight": torch.zeros(2, 2, dtype=torch.float64)}, model.config)
+    for dtype in (torch.float64, torch.float8_e4m3fn, torch.int8):  # fp8 needs scales beside it
+        odd = state | {"lm_head.weight": torch.zeros(448, 32).to(dtype)}
+        with pytest.raises(UserError, match=rf"lm_head.weight is {dtype}"):
+            hf_config.to_hf_state(odd, model.config)
+        with pytest.raises(UserError, match=rf"lm_head.weight is {dtype}"):
+            hf_config.from_hf_state({hf_config.hf_name(k): v for k, v in odd.items()}, model.config)
     import dataclasses
 
     rounded = dataclasses.replace(model.config, rope_dtype="bfloat16")
@@ -240,11 +273,22 @@ def copy(exported, tmp_path):
         ({"model_type": "llama"}, "not a NanoChat model"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters"),
+        ({"rope_parameters": {"type": "yarn", "rope_theta": 1e4}}, "rope_parameters is .*yarn"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+            "rope_parameters is .*yarn",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters is .*linear"),
+        ({"rope_scaling": {"rope_type": "default", "rope_theta": 5e5}}, "rope_parameters is .*500000"),
+        ({"partial_rotary_factor": 0.5}, "rope_parameters is .*partial"),
+        ({"rope_parameters": [1]}, "no RoPE settings but"),
+        ({"rope_parameters": {"rope_theta": "x"}, "nanochat_config": None}, "incomplete"),
+        ({"final_logit_softcapping": 0, "nanochat_config": None}, "logit_softcap cannot be 0"),
         ({"num_hidden_layers": 3}, "num_hidden_layers is 3"),
         ({"num_hidden_layers": 10**9, "nanochat_config": None}, "impossible sizes"),
-        ({"vocab_size": -5, "nanochat_config": None}, "impossible sizes"),
+        ({"vocab_size": -5, "nanochat_config": None}, "vocab_size cannot be -5"),
         ({"num_hidden_layers": 10**5, "nanochat_config": None}, "too few for 100000 layers"),
-        ({"num_attention_heads": 0, "nanochat_config": None}, "incomplete"),
+        ({"num_attention_heads": 0, "nanochat_config": None}, "n_head cannot be 0"),
         ({"vocab_size": 400}, "vocab_size is 400"),
         ({"nanochat_config": {"n_layer": 2}}, "lacks"),
     ],
@@ -271,10 +315,33 @@ def test_damaged_and_hostile_weights_are_one_line(copy):
     weights.rename(copy / "pytorch_model.bin")
     with pytest.raises(UserError, match="pickled weights are not read"):
         hf_import.read_folder(copy)
-    (copy / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"a": "../secret.safetensors"}})
-    )
+    index = copy / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
     with pytest.raises(UserError, match="own folder"):
+        hf_import.read_folder(copy)
+    index.write_text("[]")
+    with pytest.raises(UserError, match="holds no JSON object"):
+        hf_import.read_folder(copy)
+    weights.write_bytes(whole)  # transformers reads the file, others the index
+    with pytest.raises(UserError, match=r"holds both model\.safetensors and an index"):
+        hf_import.read_folder(copy)
+    (copy / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
+        hf_import.read_folder(copy)
+    (copy / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"config\.json holds no JSON object"):
+        hf_import.read_folder(copy)
+
+
+def test_tokenizers_that_cannot_be_used_are_one_line(copy):
+    path = copy / "tokenizer.json"
+    content = read_json(path)
+    without = [token for token in content["added_tokens"] if token["content"] != "<|bos|>"]
+    write_json(path, content | {"added_tokens": without})
+    with pytest.raises(UserError, match=r"has no token '<\|bos\|>'"):
+        hf_import.read_folder(copy)
+    write_json(path, content | {"version": "9.0"})
+    with pytest.raises(UserError, match=r"the library tokenizers cannot read .*tokenizer\.json"):
         hf_import.read_folder(copy)
 
 
@@ -288,31 +355,3 @@ def test_missing_and_superfluous_tensors_are_named():
         hf_config.from_hf_state(state | {"model.norm.weight": torch.zeros(1)}, model.config)
     with pytest.raises(UserError, match=r"lm_head\.weight is \(9, 32\)"):
         hf_config.from_hf_state(state | {"lm_head.weight": head[:9]}, model.config)
-
-
-def test_names_that_are_neither_folder_nor_model(tmp_path):
-    with pytest.raises(UserError, match="neither a folder"):
-        hf_import.fetch(str(tmp_path / "nowhere"))
-
-
-def test_push(tmp_path, monkeypatch):
-    import huggingface_hub
-    from huggingface_hub.errors import LocalTokenNotFoundError
-
-    calls = []
-
-    class Api:
-        def create_repo(self, repo, private, exist_ok):
-            if repo == "me/locked":
-                raise LocalTokenNotFoundError("no token")
-            calls.append((repo, private))
-            return SimpleNamespace(repo_id=repo)
-
-        def upload_folder(self, **what):
-            calls.append((what["repo_id"], what["folder_path"]))
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    hf_export.push(tmp_path, "me/model", True)
-    assert calls == [("me/model", True), ("me/model", tmp_path)]
-    with pytest.raises(UserError, match=r"no token .*HF_TOKEN"):
-        hf_export.push(tmp_path, "me/locked", True)

@@ -152,10 +152,38 @@ def test_generation_stops_at_strings_and_equals_the_engine(subject):
         subject.generate_until(requests(("a", {"num_beams": 2})))
 
 
-def test_prompts_beyond_the_context_keep_their_end(subject):
-    long = "hills " * 400
-    assert len(subject.tok_encode(long)) > 256
-    assert isinstance(subject.generate_until(requests((long, {"until": [], "max_gen_toks": 5})))[0], str)
+@pytest.mark.parametrize(
+    ("options", "temperature"),
+    [
+        ({}, 0.0), ({"temperature": 0.7, "do_sample": False}, 0.0), ({"temperature": 0.7, "do_sample": True}, 0.7),
+        ({"do_sample": True}, 1.0),
+    ],
+)  # fmt: skip
+def test_sampling_is_what_the_harness_defines(subject, options, temperature):
+    params, stop = subject._sampling(options | {"until": "x", "max_new_tokens": 9}, seed=0)
+    assert (params.temperature, params.max_tokens, stop) == (temperature, 9, ("x",))
+
+
+def test_long_answers_leave_room_for_the_question(subject, monkeypatch, capsys):
+    submitted = []
+    submit = subject.engine.submit
+    monkeypatch.setattr(
+        subject.engine,
+        "submit",
+        lambda prompt, params: submitted.append((prompt, params)) or submit(prompt, params),
+    )
+    question, long = "The river", "hills " * 400
+    ids = [subject.tok_encode(text) for text in (question, long)]
+    assert len(ids[0]) < 30 and len(ids[1]) > 256
+    options = {"until": [], "max_gen_toks": 1000}
+    subject.generate_until(
+        requests((question, options), (long, options), (long, options | {"max_gen_toks": 5}))
+    )
+    (short, first), (half, second), (most, third) = submitted
+    assert short == ids[0] and first.max_tokens == 256 - len(short)
+    assert half == ids[1][:1] + ids[1][-127:] and second.max_tokens == 128
+    assert most == ids[1][:1] + ids[1][-250:] and third.max_tokens == 5
+    assert "2 of 3 questions lost their beginning, 2 answers may be shorter" in capsys.readouterr().out
 
 
 def test_conversations_are_rendered_as_ours(subject):

@@ -203,6 +203,13 @@ def payloads() -> dict[str, bytes]:
         "the first half": good[: len(good) // 2],
         "nothing": b"",
         "text": b"not a pickle at all",
+        "a tower of tuples": b"\x80\x03)" + b"\x85" * 200_000 + b".",
+        "a tower of tables": b"\x80\x03"
+        + b"}X\x01\x00\x00\x00a" * 200_000
+        + b"K\x00"
+        + b"s" * 200_000
+        + b".",
+        "a claim of many values": b"\x80\x03K\x00" + b"r\xff\xff\xff\x7f" + b".",
         "a claim of a huge size": b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f.",
     }
 

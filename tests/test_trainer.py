@@ -100,6 +100,8 @@ def test_other_settings_do_not_continue_a_run(tiny_run):
     run_here("base_train")
     with pytest.raises(UserError, match=r"num_steps 6, not 8.*--resume=never"):
         run_here("base_train", num_iterations=8)
+    with pytest.raises(UserError, match="not the one that the flags describe: n_layer 2 instead of 3"):
+        run_here("base_train", depth=3)
     run_here("base_train", num_iterations=2, resume="never")
     assert list_steps(tiny_run / "base_checkpoints" / "t") == [2]
 

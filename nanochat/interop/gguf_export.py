@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,15 @@ from nanochat.gpt import GPT, NORM_EPS, GPTConfig
 from nanochat.interop.hf_config import is_classic
 from nanochat.interop.hf_tokenizer import BOS, END_OF_ANSWER, chat_template
 from nanochat.interop.samples import PARAGRAPHS
+from nanochat.interop.weights import SIZES, fitted
 from nanochat.tokenizer import RustBPETokenizer
+from nanochat.tokenizer_base import SPLIT_PATTERN
 from nanochat.tokenizer_files import tokenizer_json
 
 ARCHITECTURE = "nanochat"
 TYPES = ("f32", "f16", "q8_0", "q4_0")
+# Nats per token by which the loss on the sample texts may change; small models lose 0.3 by q4_0, large ones less.
+ALLOWED = {"f32": 1e-6, "f16": 0.01, "q8_0": 0.05, "q4_0": 0.5}
 BLOCK = 32  # weights that share a scale in q8_0 and q4_0
 _FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7}  # llama.cpp's numbers for "mostly this type"
 _NORMAL, _CONTROL = 1, 3  # kinds of tokens
@@ -38,27 +43,28 @@ _TABLES = {"transformer.wte.weight": "token_embd.weight", "lm_head.weight": "out
 def export_gguf(model: GPT, tokenizer: RustBPETokenizer, path: Path, kind: str) -> None:
     """Write a model (fp32, on the CPU) with its tokenizer; kind is one of TYPES.
 
-    Raises UserError if the network is not classic, its width does not divide into blocks, or the file that was
-    written does not hold the model.
+    Raises UserError if the network is not classic, its width does not divide into blocks, its tokenizer splits
+    texts in another way than the builds do, the path exists, or the file that was written is not the model.
     """
     config = model.config
     if not is_classic(config):
         raise UserError("only classic models have a GGUF form; llama.cpp has no graph for the modern network")
     if kind in ("q8_0", "q4_0") and config.n_embd % BLOCK:
         raise UserError(f"{kind} needs a width divisible by {BLOCK}; this model has {config.n_embd}")
+    if tokenizer.vocabulary.pattern != SPLIT_PATTERN:
+        raise UserError("the builds split texts by nanochat's own pattern, and this tokenizer has another")
     path = path.resolve()
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name the file to make")
-    part = path.with_name(f"{path.name}.unfinished")
+    if path.exists():
+        raise UserError(f"{path} is already there; name a new file")
     try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        _write(part, model, tokenizer, kind)
-        _verify(part, model, tokenizer, kind)
-        os.replace(part, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
+            part = Path(scratch) / path.name
+            _write(part, model, tokenizer, kind)
+            _verify(part, model, tokenizer, kind)
+            os.replace(part, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def gguf_name(name: str) -> str:
@@ -162,39 +168,34 @@ def read_gguf(path: Path) -> tuple[GPTConfig, dict[str, torch.Tensor], dict[str,
         n_embd=setting("embedding_length"), rope_base=setting("rope.freq_base"),
         logit_softcap=setting("final_logit_softcapping"),
     )  # fmt: skip
-    found = {tensor.name: tensor for tensor in reader.tensors}
-    with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
-    state = {}
-    for name, shape in expected.items():
-        tensor = found[gguf_name(name)]
-        rows = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
-        padding = shape[0] - rows.size(0)
-        state[name] = torch.cat([rows, rows.new_zeros(padding, shape[1])]) if padding else rows
-    return config, state, meta
+    norms = {name for name, _ in _norms(config)}
+    found = {
+        tensor.name: torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
+        for tensor in reader.tensors
+        if tensor.name not in norms
+    }
+    return config, fitted(found, config, gguf_name), meta
 
 
 @torch.inference_mode()
 def _verify(path: Path, model: GPT, tokenizer: RustBPETokenizer, kind: str) -> None:
-    """Compute with what the file holds. Raises UserError if an unquantized file is not exactly the model."""
+    """Compute with what the file holds. Raises UserError if that is not the model, up to the loss of its type."""
     config, state, _ = read_gguf(path)
-    names = (
-        "sequence_len",
-        "vocab_size",
-        "n_layer",
-        "n_head",
-        "n_kv_head",
-        "n_embd",
-        "rope_base",
-        "logit_softcap",
-    )
+    names = (*SIZES, "rope_base", "logit_softcap")
     if wrong := [name for name in names if getattr(config, name) != getattr(model.config, name)]:
         raise UserError(f"the file has another {', '.join(wrong)} than the model")
     again, texts = GPT.build(config, "cpu", torch.float32), _texts(model, tokenizer)
     again.load_state_dict(state)
     if kind == "f32" and not all(torch.equal(again(ids), model(ids)) for ids in texts):
         raise UserError("the file's weights are not the model's")
+    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise UserError(f"{broken[0]} holds weights that {kind} cannot express")
     before, after = (mean_loss(network, texts) for network in (model, again))
+    if not abs(after - before) <= ALLOWED[kind]:
+        raise UserError(
+            f"as {kind} the loss on sample texts is {after:.4f} instead of {before:.4f} (allowed change:"
+            f" {ALLOWED[kind]}); choose a type with more bits"
+        )
     print0(f"verified: loss on sample texts {before:.4f} before, {after:.4f} as {kind}")
 
 

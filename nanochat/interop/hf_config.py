@@ -15,14 +15,12 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.config_versions import read_config, stored_config
-from nanochat.gpt import GPT, NORM_EPS, SMEAR_CHANNELS, GPTConfig
+from nanochat.gpt import NORM_EPS, SMEAR_CHANNELS, GPTConfig
+from nanochat.interop.weights import SIZE_LIMIT, SIZES, fitted, fp32, is_vocabulary_table
 
 CLASSIC_TYPE, MODERN_TYPE = "nanochat", "nanochat_modern"
 OWN_SETTINGS = "nanochat_config"  # our configuration as it is, beside its translation
 REMOTE_MODULE = "modeling_nanochat_modern"
-
-SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
-SIZE_LIMIT = 1 << 20  # beyond any model; a hostile file must not make us allocate or count to a billion
 
 _LAYER_NAMES = {
     "attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj", "attn.c_v": "self_attn.v_proj",
@@ -36,7 +34,6 @@ _TOP_NAMES = {
         for name in ("resid_lambdas", "x0_lambdas", "smear_gate.weight", "smear_lambda", "backout_lambda")
     },
 }  # fmt: skip
-_VOCABULARY_TABLES = re.compile(r"transformer\.wte\.weight|lm_head\.weight|value_embeds\.\d+\.weight")
 
 
 # --- configuration -----------------------------------------------------------------------------------
@@ -96,8 +93,7 @@ def from_hf_config(content: Mapping[str, Any]) -> GPTConfig:
         config = _classic_from_hf(content)
     else:
         raise UserError(f"config.json lacks {OWN_SETTINGS}, which every export of a modern model holds")
-    sizes = [getattr(config, name) for name in SIZES]
-    if not all(type(size) is int and 0 < size < SIZE_LIMIT for size in sizes):
+    if any(getattr(config, name) >= SIZE_LIMIT for name in SIZES):
         raise UserError("config.json holds impossible sizes")
     # Somebody may have edited either half; what transformers computes and what we would compute must agree.
     wanted = to_hf_config(config)
@@ -134,10 +130,16 @@ def _classic_from_hf(content: Mapping[str, Any]) -> GPTConfig:
 
 
 def _rope(content: Mapping[str, Any]) -> dict[str, Any]:
-    """RoPE's settings; before transformers 5 they were a number of their own."""
-    given = content.get("rope_parameters") or {}
-    theta = given.get("rope_theta", content.get("rope_theta", 10_000.0))
-    return {"rope_type": given.get("rope_type", "default"), "rope_theta": theta}
+    """RoPE's settings as transformers reads them: under two names, the older one first, or as numbers beside."""
+    given = content.get("rope_scaling") or content.get("rope_parameters") or {}
+    if not isinstance(given, Mapping):
+        raise UserError(f"config.json holds no RoPE settings but {given!r}")
+    beside = {"rope_theta": content.get("rope_theta", 10_000.0)}
+    if (factor := content.get("partial_rotary_factor")) is not None:
+        beside["partial_rotary_factor"] = factor
+    settings = {"rope_type": given.get("type", "default"), **beside, **given}
+    settings.pop("type", None)  # the older name of rope_type
+    return settings
 
 
 # --- weights -----------------------------------------------------------------------------------------
@@ -159,46 +161,14 @@ def to_hf_state(state: Mapping[str, torch.Tensor], config: GPTConfig) -> dict[st
     """Tensors in fp32 under transformers' names, without the rows that pad the vocabulary."""
     result = {}
     for name, tensor in state.items():
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise UserError(f"{name} is {tensor.dtype}, which fp32 does not hold exactly")
-        rows = tensor[: config.vocab_size] if _VOCABULARY_TABLES.fullmatch(name) else tensor
-        result[hf_name(name)] = rows.float().contiguous()
+        rows = tensor[: config.vocab_size] if is_vocabulary_table(name) else tensor
+        result[hf_name(name)] = fp32(name, rows).contiguous()
     return result
 
 
 def from_hf_state(state: Mapping[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
-    """Tensors in fp32 under our names; rows that pad the vocabulary are zero, no token reaches them.
-
-    Raises UserError, naming them, if tensors are missing, left over or of another shape.
-    """
-    expected = expected_shapes(config, len(state))
-    theirs = {hf_name(name): name for name in expected}
-    if missing := sorted(theirs.keys() - state.keys()):
-        raise UserError(f"the weights lack {_some(missing)}")
-    if unknown := sorted(state.keys() - theirs.keys()):
-        raise UserError(f"the weights hold {_some(unknown)}, which nanochat's network does not have")
-    result = {}
-    for source, name in theirs.items():
-        tensor, shape = state[source].float(), expected[name]
-        if _VOCABULARY_TABLES.fullmatch(name) and tensor.size(0) == config.vocab_size:
-            tensor = torch.cat([tensor, tensor.new_zeros(shape[0] - tensor.size(0), *tensor.shape[1:])])
-        if tensor.shape != shape:
-            raise UserError(
-                f"{source} is {tuple(state[source].shape)}, its configuration says {tuple(shape)}"
-            )
-        result[name] = tensor
-    return result
-
-
-def expected_shapes(config: GPTConfig, num_tensors: int) -> dict[str, torch.Size]:
-    """Names and shapes of our state dict, nothing allocated.
-
-    Raises UserError if there are not even the tensors of its layers: a file that says a billion layers costs nothing.
-    """
-    if num_tensors < 6 * config.n_layer + 2:
-        raise UserError(f"{num_tensors} tensors are too few for {config.n_layer} layers")
-    with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    """Tensors in fp32 under our names. Raises UserError if any is missing, left over or of another shape."""
+    return fitted(state, config, hf_name)
 
 
 def without_rounded_rope(config: GPTConfig) -> GPTConfig:
@@ -215,8 +185,3 @@ def describe(config: GPTConfig) -> str:
         f" ({sizes['n_kv_head']} for keys and values), vocabulary {sizes['vocab_size']:,},"
         f" context {sizes['sequence_len']:,}"
     )
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

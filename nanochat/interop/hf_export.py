@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from nanochat.common import UserError, print0, whole_file, write_json
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.interop import hf_config
 from nanochat.interop.hf_tokenizer import BOS, END_OF_ANSWER, write_tokenizer
+from nanochat.interop.hub_access import hub_errors
 from nanochat.interop.verification import transformers_package, verify
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -39,19 +41,18 @@ def export_folder(
     directory = directory.resolve()
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise UserError(f"{directory} is not an empty folder; an export makes a new one")
-    part = directory.with_name(f"{directory.name}.unfinished")
-    shutil.rmtree(part, ignore_errors=True)
     try:
-        part.mkdir(parents=True)
-        _write(model, tokenizer, part, card, is_chat, shard_bytes)
-        verify(part, model, tokenizer)
-        if directory.exists():
-            directory.rmdir()
-        os.replace(part, directory)
-    except OSError as error:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
+            part = Path(scratch) / directory.name  # unlike its parent readable by others
+            part.mkdir()
+            _write(model, tokenizer, part, card, is_chat, shard_bytes)
+            verify(part, model, tokenizer)
+            if directory.exists():
+                directory.rmdir()
+            os.replace(part, directory)
+    except OSError as error:  # of the system: what transformers raises, verify reports
         raise UserError(f"cannot write {directory}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def exportable_config(config: GPTConfig, unround_rope: bool) -> GPTConfig:
@@ -99,9 +100,17 @@ def _write(
 def write_shards(state: dict[str, torch.Tensor], directory: Path, shard_bytes: int) -> None:
     """Write tensors as safetensors: one file, or several of at most shard_bytes and an index of them."""
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise UserError("the export needs the package safetensors; run: uv sync --extra hf") from None
+
+    def save(shard: dict[str, torch.Tensor], name: str) -> None:
+        try:
+            save_file(shard, directory / name, {"format": "pt"})  # transformers refuses files without it
+        except SafetensorError as error:
+            raise UserError(f"cannot write {name}: {error}") from None
+
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0
     for name, tensor in state.items():
@@ -110,33 +119,53 @@ def write_shards(state: dict[str, torch.Tensor], directory: Path, shard_bytes: i
             size = 0
         shards[-1][name] = tensor
         size += tensor.nbytes
-    metadata = {"format": "pt"}  # transformers refuses files without it
     if len(shards) == 1:
-        save_file(shards[0], directory / "model.safetensors", metadata)
+        save(shards[0], "model.safetensors")
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, directory / file_name, metadata)
+        save(shard, file_name)
         weight_map |= dict.fromkeys(shard, file_name)
     total = sum(tensor.nbytes for tensor in state.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(directory / "model.safetensors.index.json", index)
 
 
-def push(directory: Path, repo: str, private: bool) -> str:
-    """Upload a folder to the hub with the user's token; returns its address. Raises UserError if refused."""
+# --- to the hub --------------------------------------------------------------------------------------
+
+_UPLOADED = [
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja", "README.md", "model*.safetensors", "model.safetensors.index.json",
+    f"{hf_config.REMOTE_MODULE}.py",
+]  # fmt: skip
+# Whatever a loader could read instead of the new files, such as shards of an earlier model or pickled weights.
+_REPLACED = ["*.safetensors", "*.bin", "*.json", "*.jinja", "*.py", "*.model", "merges.txt", "vocab.txt"]
+
+
+def check_token(repo: str) -> None:
+    """Raise a UserError, before a long export, if the hub cannot be reached or does not know the user."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    with hub_errors(f"cannot push to {repo}"):
+        validate_repo_id(repo)
+        HfApi().whoami()
+
+
+def push(directory: Path, repo: str, private: bool) -> str:
+    """Upload an exported folder to the hub with the user's token; returns its address.
+
+    Files of an earlier model are deleted there. Raises UserError if refused.
+    """
+    from huggingface_hub import HfApi
 
     api: Any = HfApi()
-    try:
+    with hub_errors(f"cannot push to {repo}"):
         created = api.create_repo(repo, private=private, exist_ok=True)
         print0(f"uploading {directory} to {created}")
         api.upload_folder(
-            repo_id=created.repo_id, folder_path=directory, commit_message="Upload from nanochat"
-        )
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot push to {repo}: {reason} (set HF_TOKEN or run: hf auth login)") from None
+            repo_id=created.repo_id, folder_path=directory, commit_message="Upload from nanochat",
+            allow_patterns=_UPLOADED, delete_patterns=_REPLACED,
+        )  # fmt: skip
     return str(created)

@@ -2,44 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from nanochat.checkpoint_manager import list_steps, save_checkpoint, stage_dir
 from nanochat.common import UserError, print0, read_json
-from nanochat.gpt import GPT, GPTConfig
 from nanochat.interop.hf_config import describe, from_hf_config, from_hf_state
 from nanochat.interop.hf_tokenizer import read_tokenizer
-from nanochat.tokenizer import RustBPETokenizer
+from nanochat.interop.hub_access import hub_errors
+from nanochat.interop.imported import Imported
 
-_WANTED_FILES = ["config.json", "tokenizer.json", "*.safetensors", "model.safetensors.index.json"]
-
-
-@dataclass(frozen=True)
-class Imported:
-    """A network in our terms: weights in fp32 under our names."""
-
-    config: GPTConfig
-    state: dict[str, torch.Tensor]
-    tokenizer: RustBPETokenizer
+_WEIGHTS, _INDEX, _SHARD = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-?????-of-?????.safetensors",
+)
+_WANTED_FILES = ["config.json", "tokenizer.json", _WEIGHTS, _INDEX, _SHARD]
 
 
-def fetch(source: str, revision: str | None = None) -> Path:
-    """The folder of a model: a path as it is, a name of the hub downloaded. Raises UserError if there is none."""
+def fetch(source: str, revision: str | None = None) -> tuple[Path, str | None]:
+    """The folder of a model, and its commit if it is of the hub; a path is taken as it is.
+
+    Raises UserError if there is none or it cannot be downloaded.
+    """
     if Path(source).is_dir():
-        return Path(source)
+        if revision is not None:
+            raise UserError(
+                f"--revision={revision}: {source} is a folder, only models of the hub have revisions"
+            )
+        return Path(source), None
     if source.count("/") != 1 or source.startswith((".", "/")):
         raise UserError(f"{source} is neither a folder nor a model of the hub, such as owner/name")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     print0(f"downloading {source}")
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=_WANTED_FILES))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise UserError(f"cannot download {source}: {str(error).strip().splitlines()[0]}") from None
+    with hub_errors(f"cannot download {source}"):
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=_WANTED_FILES))
+    return folder, folder.name  # snapshots/<commit>
 
 
 def read_folder(directory: Path) -> Imported:
@@ -47,10 +46,6 @@ def read_folder(directory: Path) -> Imported:
     config = from_hf_config(read_json(directory / "config.json"))
     print0(f"{directory}: {describe(config)}")
     tokenizer = read_tokenizer(directory)
-    if tokenizer.get_vocab_size() != config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.get_vocab_size():,} tokens, the model {config.vocab_size:,}"
-        )
     return Imported(config, from_hf_state(_read_weights(directory), config), tokenizer)
 
 
@@ -74,10 +69,14 @@ def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def _weight_files(directory: Path) -> list[str]:
-    index = directory / "model.safetensors.index.json"
+    index, has_one = directory / _INDEX, (directory / _WEIGHTS).exists()
+    if index.exists() and has_one:
+        raise UserError(
+            f"{directory} holds both {_WEIGHTS} and an index of shards; delete what is not the model"
+        )
     if not index.exists():
-        if (directory / "model.safetensors").exists():
-            return ["model.safetensors"]
+        if has_one:
+            return [_WEIGHTS]
         raise UserError(f"{directory} has no model.safetensors; pickled weights are not read")
     weight_map = read_json(index).get("weight_map")
     names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
@@ -85,24 +84,3 @@ def _weight_files(directory: Path) -> list[str]:
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise UserError(f"{index} does not list files of its own folder")
     return names
-
-
-def save_as_checkpoint(imported: Imported, stage: str, tag: str, step: int, origin: dict) -> Path:
-    """Write a checkpoint of ours, without optimizer state; origin is recorded in its metadata.
-
-    Raises UserError if the folder already holds checkpoints.
-    """
-    directory = stage_dir(stage) / tag
-    if list_steps(directory):
-        raise UserError(f"{directory} already holds checkpoints; choose another --model-tag")
-    model = GPT.build(imported.config, "cpu", torch.float32)
-    model.load_state_dict(imported.state)
-    # later stages ask the run that made a model for its learning rates; here it is unknown, so they use defaults
-    meta = {
-        "stage": stage, "user_config": {}, "max_seq_len": imported.config.sequence_len, "imported_from": origin,
-    }  # fmt: skip
-    save_checkpoint(directory, step, model, meta, tokenizer=imported.tokenizer)
-    print0(
-        f"wrote {directory} step {step}; optimizer state is not imported, training starts with a fresh one"
-    )
-    return directory

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nanochat.common import UserError, whole_file, write_json
+from nanochat.interop.imported import usable_tokenizer
 from nanochat.interop.samples import PROBES
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.tokenizer_base import SPECIAL_TOKENS
@@ -58,8 +59,14 @@ def read_tokenizer(directory: Path) -> RustBPETokenizer:
     Raises UserError if it is not a byte-level BPE with a split pattern, or encodes the probe texts differently.
     """
     path = directory / "tokenizer.json"
-    tokenizer = RustBPETokenizer(read_tokenizer_json(path))
-    differing = first_difference(tokenizer, HuggingFaceTokenizer.from_directory(directory), PROBES)
+    tokenizer = usable_tokenizer(read_tokenizer_json(path))
+    try:
+        theirs = HuggingFaceTokenizer.from_directory(directory)
+    except UserError:
+        raise
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"the library tokenizers cannot read {path}: {error}") from None
+    differing = first_difference(tokenizer, theirs, PROBES)
     if differing is not None:
         raise UserError(f"{path} encodes {differing!r} differently from what nanochat makes of it")
     return tokenizer

@@ -7,14 +7,16 @@ same model in the same way. This module imports lm-eval; scripts.harness_eval im
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from nanochat.common import UserError
+from nanochat.common import UserError, print0
 from nanochat.core_eval import Scored, score_sequences, truncated
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT
@@ -129,15 +131,23 @@ class NanochatLM(TemplateLM):
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers up to a stop string, all running as one continuous batch."""
         running: dict[Request, PartsDecoder] = {}
-        decoders = []
+        decoders, num_cut, num_limited = [], 0, 0
         for number, request in enumerate(requests):
             context, options = cast(tuple[str, dict[str, Any]], request.args)
             params, stop = self._sampling(options, seed=number)  # so that repeated questions differ
-            prompt = self.tok_encode(context)
-            room = max(self.max_length - (params.max_tokens or 0), 2)
-            prompt = prompt[:1] + prompt[1:][-(room - 1) :]  # keep BOS and the end of the question
+            whole, wanted = self.tok_encode(context), params.max_tokens or 0
+            # an answer as long as the context would leave nothing of the question: it gets half at most for that
+            room = self.max_length - min(wanted, self.max_length // 2)
+            prompt = whole[:1] + whole[1:][-(room - 1) :]  # keep BOS and the end of the question
+            limit = min(wanted, self.max_length - len(prompt))
+            num_cut, num_limited = num_cut + (len(prompt) < len(whole)), num_limited + (limit < wanted)
             decoders.append(PartsDecoder(self.vocabulary, stop=stop))
-            running[self.engine.submit(prompt, params)] = decoders[-1]
+            running[self.engine.submit(prompt, replace(params, max_tokens=limit))] = decoders[-1]
+        if num_cut or num_limited:
+            print0(
+                f"context of {self.max_length} tokens: {num_cut} of {len(requests)} questions lost their beginning,"
+                f" {num_limited} answers may be shorter than their task allows"
+            )
         while running:
             for event in self.engine.step():
                 decoder = running.get(event.request)
@@ -152,17 +162,14 @@ class NanochatLM(TemplateLM):
         return [decoder.response for decoder in decoders]
 
     def _sampling(self, options: dict[str, Any], seed: int) -> tuple[SamplingParams, tuple[str, ...]]:
+        options = dict(normalize_gen_kwargs(options, DEFAULT_MAX_TOKENS))
         if unknown := set(options) - _GENERATION_KEYS:
             raise UserError(
                 f"generation settings {sorted(unknown)} are not supported; there are {sorted(_GENERATION_KEYS)}"
             )
-        until = options.get("until") or ()
-        stop: Iterable[str] = (until,) if isinstance(until, str) else until
-        temperature = float(options.get("temperature", 0.0 if not options.get("do_sample") else 1.0))
-        if options.get("do_sample") is False:
-            temperature = 0.0
+        temperature = float(options.get("temperature", 1.0)) if options["do_sample"] else 0.0
         params = SamplingParams(
             temperature=temperature, top_k=options.get("top_k"), top_p=float(options.get("top_p") or 1.0),
-            max_tokens=int(options.get("max_gen_toks", DEFAULT_MAX_TOKENS)), seed=seed,
+            max_tokens=options["max_gen_toks"], seed=seed,
         )  # fmt: skip
-        return params, tuple(text for text in stop if text)
+        return params, tuple(text for text in options["until"] if text)

@@ -9,6 +9,7 @@ from nanochat.gpt import GPTConfig
 from nanochat.interop.hf_config import describe, is_classic
 from nanochat.report_render import TASKS, table
 
+TRANSFORMERS = "5.20"  # the oldest version that the tests run with; pyproject.toml says the same
 _BASE_SCORES = ("CORE metric", "train bpb", "val bpb")
 _CHAT_SCORES = (*TASKS, "ChatCORE metric")
 
@@ -31,6 +32,9 @@ def model_card(
         *header, "", f"# {name}", "",
         f"A [nanochat](https://github.com/karpathy/nanochat) model, stage {stage}, step {step:,}: {describe(config)},"
         f" {num_parameters:,} parameters. The weights are fp32, exactly as trained{needs}.", "",
+        f"Needs transformers {TRANSFORMERS} or newer. Logits equal nanochat's up to its context of {config.sequence_len:,}"
+        " tokens; no text was longer in training. Beyond that, transformers' full attention still sees everything while"
+        " nanochat's looks no further back than the context, and answers of both get worse.", "",
         "```python", *(_chat_example(trust) if stage != "base" else _base_example(trust)), "```", "",
     ]  # fmt: skip
     if stage != "base":
@@ -85,7 +89,7 @@ def report_scores(base: Path, stage: str, tag: str, step: int) -> dict[str, floa
 
 
 def _is_about(first: dict[str, Any], stage: str, tag: str, step: int) -> bool:
-    """Whether a section's first item names this checkpoint; a chat evaluation without a tag names only the step."""
+    """Whether a section's first item names this checkpoint."""
     if stage == "base":
         return first.get("model") == f"base model {tag} (step {step})"
-    return first.get("step") == step and first.get("model_tag") in (tag, None)
+    return first.get("step") == step and first.get("model_tag") == tag

@@ -14,7 +14,6 @@ A softcap of 20 instead of 15 (Mar 2 to 9 2026) leaves no trace: whoever knows s
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,20 +22,18 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.gpt import GPTConfig
-from nanochat.interop.hf_config import SIZE_LIMIT, SIZES, expected_shapes
+from nanochat.interop.weights import SIZE_LIMIT, SIZES, fitted
 
 _BEFORE_MARCH: dict[str, Any] = {
     "rope_base": 10_000.0, "rope_dtype": "bfloat16", "qk_scale": 1.0, "use_smear": False, "use_backout": False,
     "short_window_divisor": 2, "short_window_multiple": 1, "ve_gate_channels": 32, "ve_gate_scale": 2.0,
 }  # fmt: skip
-_TABLE = re.compile(r"transformer\.wte\.weight|lm_head\.weight|value_embeds\.\d+\.weight")
 
 
 @dataclass(frozen=True)
 class Migration:
     """An upstream network in our terms, and what had to be assumed about it, one sentence each."""
 
-    revision: str
     config: GPTConfig
     state: dict[str, torch.Tensor]
     assumptions: tuple[str, ...]
@@ -59,14 +56,16 @@ def migrate(
     cap = 15.0 if softcap is None else softcap
     if softcap is None:
         notes.append("logit softcap 15; only models trained Mar 2 to 9 2026 had 20 (--softcap=20)")
-    try:
-        config = GPTConfig(**{**sizes, **settings, "logit_softcap": cap})
-    except TypeError as error:
-        raise UserError(f"the recorded configuration is wrong: {error}") from None
+    config = GPTConfig(**{**sizes, **settings, "logit_softcap": cap})
     if revision != "classic" and "x0_lambdas" not in tensors:
         tensors["x0_lambdas"] = torch.zeros(config.n_layer)
         notes.append("x0_lambdas are missing and taken as 0, which is the network without them")
-    return Migration(revision, config, _fitted(tensors, config, notes), tuple(notes))
+    weights = fitted(tensors, config)
+    if tensors["lm_head.weight"].size(0) < config.padded_vocab_size:
+        notes.append(
+            f"vocabulary tables padded with zeros from {config.vocab_size:,} to {config.padded_vocab_size:,} rows"
+        )
+    return Migration(config, weights, tuple(notes))
 
 
 def _sizes(model_config: Mapping[str, Any]) -> tuple[dict[str, int], str | None]:
@@ -132,33 +131,3 @@ def _constants(revision: str, config: GPTConfig) -> str:
     if revision != "classic":
         parts.append(f"short window = context / {config.short_window_divisor}")
     return f"revision {revision}: {'; '.join(parts)}"
-
-
-def _fitted(
-    tensors: Mapping[str, torch.Tensor], config: GPTConfig, notes: list[str]
-) -> dict[str, torch.Tensor]:
-    """The tensors in fp32 with the vocabulary padded to our size. Raises UserError unless all fit exactly."""
-    expected = expected_shapes(config, len(tensors))
-    if missing := sorted(expected.keys() - tensors.keys()):
-        raise UserError(f"the checkpoint lacks {', '.join(missing[:3])} ({len(missing)} tensors)")
-    if extra := sorted(tensors.keys() - expected.keys()):
-        raise UserError(
-            f"the checkpoint holds {', '.join(extra[:3])}, which no known revision had ({len(extra)} tensors)"
-        )
-    fitted, padded = {}, False
-    for name, shape in expected.items():
-        tensor = tensors[name]
-        if not tensor.is_floating_point():
-            raise UserError(f"{name} is {tensor.dtype}; weights are floating point numbers")
-        tensor = tensor.float()
-        if _TABLE.fullmatch(name) and tensor.dim() == 2 and tensor.size(0) == config.vocab_size < shape[0]:
-            tensor = torch.cat([tensor, tensor.new_zeros(shape[0] - tensor.size(0), tensor.size(1))])
-            padded = True
-        if tensor.shape != shape:
-            raise UserError(f"{name} is {tuple(tensor.shape)}, its metadata says {tuple(shape)}")
-        fitted[name] = tensor
-    if padded:
-        notes.append(
-            f"vocabulary tables padded with zeros from {config.vocab_size:,} to {config.padded_vocab_size:,} rows"
-        )
-    return fitted

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 
+from nanochat.checkpoint_manager import load_tensors
 from nanochat.common import UserError, print0, read_json
 from nanochat.interop.hf_config import describe
-from nanochat.interop.hf_import import Imported
+from nanochat.interop.imported import Imported, usable_tokenizer
 from nanochat.interop.upstream import migrate
-from nanochat.tokenizer import RustBPETokenizer
 from nanochat.tokenizer_files import read_tokenizer_pickle
+
+_RATES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")
+_BATCH = ("device_batch_size", "total_batch_size", "max_seq_len")
 
 
 def read_upstream(
@@ -26,7 +29,7 @@ def read_upstream(
     """
     step = _last_step(directory) if step is None else step
     meta = read_json(directory / f"meta_{step:06d}.json")
-    if not isinstance(meta, dict) or not isinstance(meta.get("model_config"), dict):
+    if not isinstance(meta.get("model_config"), dict):
         raise UserError(f"{directory / f'meta_{step:06d}.json'} holds no model_config")
     if "files" in meta:
         raise UserError(f"{directory} is a checkpoint of ours; it needs no import")
@@ -35,16 +38,24 @@ def read_upstream(
     print0(f"{directory} step {step}: {describe(migration.config)}")
     for note in migration.assumptions:
         print0(f"  assumed: {note}")
-    try:
-        tokenizer = RustBPETokenizer(vocabulary)
-    except (KeyError, ValueError) as error:
-        raise UserError(f"the tokenizer cannot be used: {error!r}") from None
-    if tokenizer.get_vocab_size() != migration.config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.get_vocab_size():,} tokens, the model was trained with"
-            f" {migration.config.vocab_size:,}; name the right one with --tokenizer"
-        )
-    return Imported(migration.config, migration.state, tokenizer), step, meta
+    tokenizer = usable_tokenizer(vocabulary)
+    return Imported(migration.config, migration.state, tokenizer, _training(meta)), step, meta
+
+
+def _training(meta: dict[str, Any]) -> dict[str, Any]:
+    """The recorded batch and peak learning rates, which mean the same here; -1 stands for upstream's own rules."""
+    settings = meta.get("user_config")
+    settings = settings if isinstance(settings, dict) else {}
+    batch = {name: meta.get(name, settings.get(name)) for name in _BATCH}
+    rates = {name: settings.get(name) for name in _RATES}
+    return {
+        **{name: value for name, value in batch.items() if type(value) is int and value > 0},
+        "user_config": {
+            name: value
+            for name, value in rates.items()
+            if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1000
+        },
+    }
 
 
 def _last_step(directory: Path) -> int:
@@ -65,12 +76,7 @@ def _find_tokenizer(directory: Path) -> Path:
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name. torch's restricted reader builds tensors and plain containers and calls nothing else."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a broken file
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"cannot read {path}: {reason[0]}") from None
+    state = load_tensors(path, "cpu")
     is_state = isinstance(state, dict) and all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
     )

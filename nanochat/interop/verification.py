@@ -22,18 +22,33 @@ GREEDY_TOKENS = 16
 def verify(directory: Path, model: GPT, tokenizer: RustBPETokenizer) -> None:
     """Load a folder with transformers and compare it with the model (fp32, on the CPU) that it was made from.
 
-    Prints what was compared. Raises UserError at the first difference.
+    Prints what was compared. Raises UserError at the first difference, or if transformers cannot run it.
     """
+    try:
+        _compare(directory, model, tokenizer)
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises many kinds
+        reason = (str(error).strip() or "nothing said").splitlines()[0]
+        raise UserError(f"transformers cannot run {directory}: {type(error).__name__}: {reason}") from error
+
+
+def _compare(directory: Path, model: GPT, tokenizer: RustBPETokenizer) -> None:
     loaded = load_with_transformers(directory, trust_remote_code=not is_classic(model.config))
     _compare_tokenizers(directory, tokenizer)
     rows = [tokenizer.encode(text, prepend="<|bos|>") for text in PARAGRAPHS]
     rows += [_ids_of(conversation, tokenizer) for conversation in CONVERSATIONS]
-    worst = max(logit_difference(loaded, model, row[: model.config.sequence_len]) for row in rows)
+    context, window = model.config.sequence_len, min(model.config.window_sizes)
+    if window < context:  # so long that in short windows the beginning is out of sight
+        rows.append((rows[0] * (2 * window // len(rows[0]) + 1))[: 2 * window + 1])
+    worst = max(logit_difference(loaded, model, row[:context]) for row in rows)
     same = f"{len(PROBES)} texts and {len(CONVERSATIONS)} conversations give the same ids"
     print0(f"verified: {same}; logits on {len(rows)} rows differ by at most {worst:.1e}")
     if not worst <= TOLERANCE:
         raise UserError(f"the exported model's logits differ by {worst:.1e} (allowed: {TOLERANCE:.0e})")
-    _compare_generation(loaded, model, rows[0][: model.config.sequence_len // 2])
+    _compare_generation(loaded, model, rows[0][: context // 2], GREEDY_TOKENS)
+    if window < context:  # the cache has to forget from the first token on
+        _compare_generation(loaded, model, rows[-1][: min(window + 2, context)], GREEDY_TOKENS // 4)
 
 
 def load_with_transformers(directory: Path, trust_remote_code: bool = False) -> Any:
@@ -90,11 +105,11 @@ def _compare_tokenizers(directory: Path, tokenizer: RustBPETokenizer) -> None:
             raise UserError("the exported chat template renders a conversation differently")
 
 
-def _compare_generation(loaded: Any, model: GPT, prompt: list[int]) -> None:
+def _compare_generation(loaded: Any, model: GPT, prompt: list[int], count: int) -> None:
     """Greedy tokens of a generation with transformers' cache against ours without any."""
     ids = torch.tensor([prompt])
-    options = {"do_sample": False, "max_new_tokens": GREEDY_TOKENS, "eos_token_id": None}
+    options = {"do_sample": False, "max_new_tokens": count, "eos_token_id": None}
     theirs = loaded.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
-    ours = list(model.generate(prompt, GREEDY_TOKENS, temperature=0))
+    ours = list(model.generate(prompt, count, temperature=0))
     if theirs != ours:
         raise UserError(f"the exported model continues a text with {theirs}, the original with {ours}")
