@@ -13,7 +13,7 @@ import hashlib
 import re
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -271,9 +271,16 @@ class Checkpoint:
             )
         return tokenizer
 
-    def model(self, device: torch.device, dtype: torch.dtype | None = None) -> GPT:
-        """The network with its weights, fp32 masters, computing in `dtype` (default by hardware)."""
-        model = GPT.build(self.config(), device, dtype or compute_dtype(device)[0])
+    def model(self, device: torch.device, dtype: torch.dtype | None = None, min_sequence_len: int = 1) -> GPT:
+        """The network with its weights, fp32 masters, computing in `dtype` (default by hardware).
+
+        min_sequence_len: tokens that it will be trained on; a shorter context, and its windows, grow to that.
+        """
+        config = self.config()
+        if min_sequence_len > config.sequence_len:
+            print0(f"the context grows from {config.sequence_len:,} to {min_sequence_len:,} tokens")
+            config = replace(config, sequence_len=min_sequence_len)
+        model = GPT.build(config, device, dtype or compute_dtype(device)[0])
         try:
             model.load_state_dict(self.model_state(device))
         except RuntimeError as error:

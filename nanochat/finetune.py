@@ -94,10 +94,10 @@ def finetune(
         print0(f"source model: {source.directory} step {source.step}")
         tokenizer, directory = source.tokenizer(), output_folder(stage, source.directory, cfg.output_tag)
         resume_from = find_resume_point(directory, world, cfg.resume)
-        model = (resume_from or source).model(world.device, dtype)
+        sizes = inherit_sizes(cfg, source, world)
+        model = (resume_from or source).model(world.device, dtype, sizes.max_seq_len)
         announce_model(model)
 
-        sizes = inherit_sizes(cfg, source, world)
         total, rows, length = sizes.total_batch_size, sizes.device_batch_size, sizes.max_seq_len
         accumulation = accumulation_steps(total, rows, length, world.size)
         announce_batch(total, rows, length, world, accumulation)

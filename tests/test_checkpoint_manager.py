@@ -45,6 +45,21 @@ def test_round_trip_with_its_own_tokenizer(tiny_run, model):
     assert stored["param_groups"] == state["param_groups"]
 
 
+def test_the_context_grows_to_the_rows_of_the_next_stage(tiny_run, model):
+    for block in model.blocks:
+        torch.nn.init.normal_(block.attn.c_proj.weight)  # zero at first, which hides what attention sees
+    checkpoint = cm.Checkpoint.open(save(tiny_run, model), 1)
+    cpu, ids = torch.device("cpu"), torch.arange(60)[None]
+    longer, same = checkpoint.model(cpu, torch.float32, 64), checkpoint.model(cpu, torch.float32, 16)
+    assert longer.config.sequence_len == 64 and same.config.sequence_len == 32
+    assert longer.config.window_sizes[-1] == 64
+    with torch.no_grad():
+        assert torch.allclose(longer(ids[:, :32]), same(ids[:, :32]), atol=1e-5)
+        assert not torch.allclose(
+            longer(ids)[:, -1], same(ids)[:, -1], atol=1e-5
+        )  # sees beyond the old window
+
+
 def test_eval_phase_computes_the_same_in_bf16(tiny_run, model, monkeypatch):
     save(tiny_run, model, tokenizer=get_tokenizer())
     monkeypatch.setenv("NANOCHAT_DTYPE", "bfloat16")
