@@ -316,13 +316,6 @@ def test_training_keeps_pieces_and_not_texts() -> None:
     assert growth_of_training(long_texts()) < 40 << 20
 
 
-@needs_proc
-def test_short_texts_take_no_memory_per_thread() -> None:
-    """Eight threads that each kept the 200,000 words would take 80 MB more."""
-    words = [f"{index:06}".translate(str.maketrans("0123456789", "abcdefghij")) for index in range(200_000)]
-    assert growth_of_training(words * 5, num_threads=8) - growth_of_training(words, num_threads=1) < 50 << 20
-
-
 def long_texts() -> Iterator[str]:
     text = " ".join(corpus(5, 300))
     text *= 100_000 // len(text)
@@ -330,7 +323,7 @@ def long_texts() -> Iterator[str]:
         yield f"{index} " + text  # new strings, 100 MB together
 
 
-def growth_of_training(texts: Iterable[str], **options: int) -> int:
+def growth_of_training(texts: Iterable[str]) -> int:
     """Bytes by which the process grows at most while it learns from the texts."""
     learned(["warm up"], 300)
     sizes, done = [resident_bytes()], threading.Event()
@@ -341,7 +334,7 @@ def growth_of_training(texts: Iterable[str], **options: int) -> int:
 
     thread = threading.Thread(target=watch)
     thread.start()
-    learned(texts, 300, **options)
+    learned(texts, 300)
     done.set()
     thread.join()
     return max(sizes) - sizes[0]
