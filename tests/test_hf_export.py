@@ -152,6 +152,7 @@ def test_windows_longer_than_the_context_are_no_windows():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # compiling takes minutes on a busy machine
 @pytest.mark.parametrize("name", ["grouped", *MODERN])
 def test_compiled_models_compute_the_same(exported, name):
     model, folder = exported(name)
