@@ -312,25 +312,25 @@ def tiny_rows(seed: int, steps: int) -> list[Row]:
             f" --momentum-warmup-steps=100 --warmup-steps=20 --warmdown-ratio=0.4 --num-iterations={steps}"
             f" --eval-every=400 --eval-tokens=65536 --core-metric-every=-1 --sample-every=-1 --save-every=400"
             f" --keep-last=2 --seed={seed}"),
-        Row("base_eval", "CORE, bits per byte, samples", 30, ("base_train",),
+        Row("base_eval", "CORE, bits per byte, samples", 20, ("base_train",),
             f"scripts.base_eval --device-batch-size={TINY_ROWS} --split-tokens=65536 --max-per-task=100"),
-        Row("mid_train", "learn conversations and tools", 160, ("base_train",),
+        Row("mid_train", "learn conversations and tools", 170, ("base_train",),
             f"scripts.mid_train {_TINY_CHAT} --supervise=assistant --warmdown-ratio=0.3 --gsm8k-stop=800"
             " --simple-spelling-size=500 --spelling-bee-size=1400 --num-iterations=460"),
-        _evaluation_row("mid", "mid_train", 20, _TINY_EVAL),
-        Row("chat_sft", "finetune on answers", 140, ("mid_train",),
+        _evaluation_row("mid", "mid_train", 30, _TINY_EVAL),
+        Row("chat_sft", "finetune on answers", 150, ("mid_train",),
             f"scripts.chat_sft {_TINY_CHAT} --chatcore-every=-1 --mmlu-epochs=1 --gsm8k-epochs=1 --gsm8k-stop=800"
             " --smoltalk-stop=2000 --simple-spelling-size=500 --spelling-bee-size=1200 --num-iterations=420"),
-        _evaluation_row("sft", "chat_sft", 20, _TINY_EVAL),
-        Row("chat_rl", "reinforce correct answers", 60, ("chat_sft",),
+        _evaluation_row("sft", "chat_sft", 30, _TINY_EVAL),
+        Row("chat_rl", "reinforce correct answers", 90, ("chat_sft",),
             "scripts.chat_rl --num-iterations=30 --examples-per-step=16 --num-samples=8 --device-batch-size=32"
             " --max-new-tokens=96 --eval-every=15 --eval-examples=100 --eval-samples=4 --save-every=15"),
-        _evaluation_row("rl", "chat_rl", 20, _TINY_EVAL),
+        _evaluation_row("rl", "chat_rl", 30, _TINY_EVAL),
     ]  # fmt: skip
 
 
 def tinyworld_plan(why: str, cores: int = 2, seed: int = 0) -> Plan:
-    """The embedded plan: ten minutes on two cores; more cores train longer in the same time."""
+    """The embedded plan: thirteen minutes on two slow cores; more cores train longer in the same time."""
     # A model this small uses further cores badly: twice the steps on 8, three times on 18 and beyond.
     steps = round(TINY_STEPS * min(3.0, math.sqrt(max(1.0, cores / 2))))
     facts = model_facts(TINY, Horizon(steps, TINY_BATCH, 1.0, 1.0, "--num-iterations")) | {

@@ -99,7 +99,7 @@ def test_run1000_is_depth_32_with_8_rows():
 
 def test_tinyworld_fits_a_quarter_of_an_hour_and_uses_the_seed():
     plan = plans.tinyworld_plan("test", cores=2, seed=7)
-    assert sum(stage.seconds for stage in plan.stages) < 13 * 60  # the rest is for the set-up
+    assert sum(stage.seconds for stage in plan.stages) < 14 * 60  # the rest is for the set-up
     assert "--seed=7" in command(plan, "tinyworld") and "--seed=7" in command(plan, "base_train")
     assert plan.environment == {"NANOCHAT_DATA": "tinyworld"}
     names = plan.names
