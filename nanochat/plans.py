@@ -292,8 +292,10 @@ _TINY_RATES = (
     " --weight-decay=0"
 )
 # Conversations are longer than the rows of pretraining: half as many rows of twice the length.
-_TINY_CHAT = f"--max-seq-len={2 * TINY.sequence_len} --device-batch-size={TINY_ROWS // 2}"
-_TINY_CHAT += f" --total-batch-size={TINY_BATCH} --eval-every=-1 --save-every=200 --keep-last=2"
+_TINY_CHAT = (
+    f"--max-seq-len={2 * TINY.sequence_len} --device-batch-size={TINY_ROWS // 2} --total-batch-size={TINY_BATCH}"
+    " --eval-every=-1 --save-every=200 --keep-last=2"
+)
 _TINY_EVAL = "--max-new-tokens=224"
 
 

@@ -65,7 +65,7 @@ class Vocabulary:
                     f"no tokenizer in {directory} ({name} is missing); run python -m scripts.tok_train"
                 )
         config = read_json(directory / CONFIG_FILE)
-        version = config.get("format_version") if isinstance(config, dict) else None
+        version = config.get("format_version")
         if version != FORMAT_VERSION:
             raise UserError(
                 f"{directory / CONFIG_FILE} has format {version}; this code reads {FORMAT_VERSION}"

@@ -303,7 +303,7 @@ def test_small_talk_answers_from_the_world(authors: Authors):
     answer = {q: f.statements[0] for f in authors.book.facts for q in f.questions}
     rng = Rng(0, "talk")
     checked = 0
-    for _ in range(1500):
+    for _ in range(2000):
         messages = authors.small_talker.conversation(rng)
         for user, assistant in zip(messages[::2], messages[1::2], strict=True):
             if user["content"] in answer:

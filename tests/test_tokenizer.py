@@ -253,7 +253,7 @@ def test_a_save_that_was_killed_between_its_files_is_noticed(trained, smallest, 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda config: [], "format None"),
+        (lambda config: [], "holds no JSON object"),
         (lambda config: config.pop("pattern") and config, "lacks pattern"),
         (lambda config: config | {"special_tokens": []}, "lacks pattern, special_tokens"),
         (lambda config: config | {"name": 5}, "or name"),

@@ -15,8 +15,8 @@ from nanochat.tinyworld.world import World
 
 # Share of each kind of conversation.
 KIND_SHARES = (
-    ("letters", 0.50), ("questions", 0.17), ("programming", 0.12), ("memory", 0.04), ("lists", 0.03),
-    ("rewriting", 0.04), ("yes_no", 0.03), ("ignorance", 0.02), ("reading", 0.02), ("story", 0.02), ("manners", 0.01),
+    ("letters", 0.25), ("questions", 0.255), ("programming", 0.175), ("memory", 0.065), ("lists", 0.045),
+    ("rewriting", 0.055), ("yes_no", 0.045), ("ignorance", 0.035), ("reading", 0.03), ("story", 0.03), ("manners", 0.015),
 )  # fmt: skip
 CARELESS_SHARE = 0.08  # questions typed without capitals and question mark
 FOLLOW_UPS = ("And {}", "And {}", "Now tell me: {}")
