@@ -34,8 +34,9 @@ def verify(directory: Path, model: GPT, tokenizer: RustBPETokenizer) -> None:
 
 
 def _compare(directory: Path, model: GPT, tokenizer: RustBPETokenizer) -> None:
-    loaded = load_with_transformers(directory, trust_remote_code=not is_classic(model.config))
-    _compare_tokenizers(directory, tokenizer)
+    own_code = not is_classic(model.config)
+    loaded = load_with_transformers(directory, trust_remote_code=own_code)
+    _compare_tokenizers(directory, tokenizer, own_code)
     rows = [tokenizer.encode(text, prepend="<|bos|>") for text in PARAGRAPHS]
     rows += [_ids_of(conversation, tokenizer) for conversation in CONVERSATIONS]
     context, window = model.config.sequence_len, min(model.config.window_sizes)
@@ -91,11 +92,14 @@ def _ids_of(conversation: dict, tokenizer: RustBPETokenizer) -> list[int]:
     return tokenizer.render_conversation(conversation, 1 << 20)[0]
 
 
-def _compare_tokenizers(directory: Path, tokenizer: RustBPETokenizer) -> None:
+def _compare_tokenizers(directory: Path, tokenizer: RustBPETokenizer, trust_remote_code: bool) -> None:
     differing = first_difference(tokenizer, HuggingFaceTokenizer.from_directory(directory), PROBES)
     if differing is not None:
         raise UserError(f"the exported tokenizer encodes {differing!r} differently")
-    theirs = transformers_package().AutoTokenizer.from_pretrained(directory)
+    # Without the permission transformers asks the user before it reads the configuration of a model of our own.
+    theirs = transformers_package().AutoTokenizer.from_pretrained(
+        directory, trust_remote_code=trust_remote_code
+    )
     for name in SPECIAL_TOKENS:
         if theirs.convert_tokens_to_ids(name) != tokenizer.encode_special(name):
             raise UserError(f"the exported tokenizer has another id for {name}")
