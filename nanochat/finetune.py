@@ -244,13 +244,12 @@ def validation(
     mask: bool,
 ) -> Evaluation:
     """Bits per byte on held-out conversations, with the same targets as in training."""
-    import torch
-
     from nanochat.chat_loader import ChatLoader
     from nanochat.loss_eval import evaluate_bpb
+    from nanochat.tokenizer import get_token_bytes
     from nanochat.trainer import Evaluation
 
-    token_bytes = torch.from_numpy(tokenizer.token_bytes_lengths()).to(world.device)
+    token_bytes = get_token_bytes(world.device, tokenizer)
     rows, length = sizes.device_batch_size, sizes.max_seq_len
 
     def measure(step: int) -> dict:

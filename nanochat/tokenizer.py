@@ -244,8 +244,10 @@ def get_tokenizer(directory: str | Path | None = None) -> RustBPETokenizer:
     return RustBPETokenizer.from_directory(directory or get_base_dir() / "tokenizer")
 
 
-def get_token_bytes(device: str | torch.device = "cpu") -> torch.Tensor:
-    """int32 (vocabulary size,): bytes per token of the trained tokenizer, for bits per byte."""
+def get_token_bytes(
+    device: str | torch.device = "cpu", tokenizer: RustBPETokenizer | None = None
+) -> torch.Tensor:
+    """int32 (vocabulary size,): bytes per token of a tokenizer, default the trained one, for bits per byte."""
     import torch
 
-    return torch.from_numpy(get_tokenizer().token_bytes_lengths()).to(device)
+    return torch.from_numpy((tokenizer or get_tokenizer()).token_bytes_lengths()).to(device)

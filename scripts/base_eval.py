@@ -100,15 +100,14 @@ def load_subject(cfg: Config, world: World) -> Subject:
     """Our checkpoint, or with --hf-path a Hugging Face model."""
     if cfg.hf_path is not None:
         return _load_hugging_face(cfg.hf_path, world)
-    import torch
-
     from nanochat.checkpoint_manager import load_model, locate
+    from nanochat.tokenizer import get_token_bytes
 
     directory, step = locate("base", cfg.model_tag, cfg.step)
     model, tokenizer, _ = load_model("base", world.device, "eval", directory.name, step)
     return Subject(
         f"base model {directory.name} (step {step})", f"base_model_{step:06d}", model, tokenizer, tokenizer,
-        torch.from_numpy(tokenizer.token_bytes_lengths()).to(world.device), model.config.sequence_len,
+        get_token_bytes(world.device, tokenizer), model.config.sequence_len,
         directory / f"base_eval_{step:06d}.json",
     )  # fmt: skip
 

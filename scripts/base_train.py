@@ -256,16 +256,15 @@ def make_schedule(cfg: Config, horizon: Horizon) -> Schedule:
 
 def evaluations(cfg: Config, model: GPT, tokenizer: RustBPETokenizer, world: World) -> tuple[Evaluation, ...]:
     """Bits per byte on the validation shard, CORE, and a few continuations to look at."""
-    import torch
-
     from nanochat.common import print0
     from nanochat.core_eval import evaluate_core
     from nanochat.dataloader import PretrainLoader
     from nanochat.engine import Engine
     from nanochat.loss_eval import evaluate_bpb
+    from nanochat.tokenizer import get_token_bytes
     from nanochat.trainer import Evaluation
 
-    token_bytes = torch.from_numpy(tokenizer.token_bytes_lengths()).to(world.device)
+    token_bytes = get_token_bytes(world.device, tokenizer)
 
     def bits_per_byte(step: int) -> dict:
         loader = PretrainLoader(tokenizer, cfg.device_batch_size, cfg.max_seq_len, "val", world)

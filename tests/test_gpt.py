@@ -75,8 +75,12 @@ def golden_ids() -> torch.Tensor:
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_vectors(name):
-    first, last, mean, mean_abs, loss_value, grad_norm, flops = GOLDEN[name]
-    model, ids = golden_model(CONFIGS[name]), golden_ids()
+    assert_golden(golden_model(CONFIGS[name]), GOLDEN[name])
+
+
+def assert_golden(model: GPT, numbers: tuple) -> None:
+    """The model computes a row of GOLDEN: logits, loss, gradient norm and FLOPs."""
+    (first, last, mean, mean_abs, loss_value, grad_norm, flops), ids = numbers, golden_ids()
     logits = model(ids[:, :-1])
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits[0, 0, :6], torch.tensor(first), atol=2e-5, rtol=0)

@@ -12,7 +12,6 @@ from nanochat.tinyworld.facts import build_facts
 from nanochat.tinyworld.programs import Programmer
 from nanochat.tinyworld.quiz import Quiz
 from nanochat.tinyworld.rng import Rng
-from nanochat.tinyworld.sizes import Mixture
 from nanochat.tinyworld.smalltalk import SmallTalker
 from nanochat.tinyworld.spelling import Speller, words_of
 from nanochat.tinyworld.stories import StoryTeller
@@ -71,18 +70,15 @@ def documents(authors: Authors, chars: int = 0) -> Iterator[str]:
         text = authors.quiz.lookup(rng)
         written += len(text)
         yield text
-    yield from _mixed(_makers(authors), sizes.MIXTURE, Rng(authors.world.seed, "documents"))
-
-
-def _mixed(makers: dict[str, Callable[[Rng], str]], mixture: Mixture, rng: Rng) -> Iterator[str]:
-    chars = {kind: _START_LENGTH for kind in makers}
+    makers, rng = _makers(authors), Rng(authors.world.seed, "documents")
+    lengths = {kind: _START_LENGTH for kind in makers}
     counts = dict.fromkeys(makers, 1)
     while True:
-        weights = [(kind, share * counts[kind] / chars[kind]) for kind, share in mixture]
+        weights = [(kind, share * counts[kind] / lengths[kind]) for kind, share in sizes.MIXTURE]
         for _ in range(_REWEIGH_EVERY):
             kind = rng.weighted(weights)
             text = makers[kind](rng)
-            chars[kind] += len(text)
+            lengths[kind] += len(text)
             counts[kind] += 1
             yield text
 

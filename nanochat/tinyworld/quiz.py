@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanochat.tinyworld.facts import Fact
@@ -86,7 +87,7 @@ class Quiz:
         for _ in range(rng.between(1, 3)):
             fact = rng.pick(self.facts)
             choice = choice_about(rng, fact, _naming(fact.answer))
-            sheet = printed(choice) if kind < 0.5 else f"{choice.question}\n{_lines(choice)}".rstrip()
+            sheet = printed(choice) if kind < 0.5 else f"{choice.question}\n{_lines(choice.choices)}".rstrip()
             turns.append((sheet, LETTERS[choice.answer]))
         return turns
 
@@ -96,9 +97,8 @@ class Quiz:
         repeated = rng.chance(0.3)
         drawn = [rng.pick(LETTERS) for _ in words] if repeated else rng.sample(LETTERS, len(words))
         letters = dict(zip(words, drawn, strict=True))
-        listed = "".join(f"- {word}={letter}\n" for word, letter in letters.items())
         asked = [rng.pick(words) for _ in range(rng.between(2, 3))]
-        return listed, [(_naming(word), letters[word]) for word in asked]
+        return _lines(words, drawn), [(_naming(word), letters[word]) for word in asked]
 
 
 def _naming(answer: str) -> str:
@@ -115,11 +115,11 @@ def choice_about(rng: Rng, fact: Fact, question: str) -> Choice:
 
 def printed(choice: Choice) -> str:
     """The question as the chat format of the tasks shows it."""
-    return f"Multiple Choice question: {choice.question}\n{_lines(choice)}\n{CLOSING}"
+    return f"Multiple Choice question: {choice.question}\n{_lines(choice.choices)}\n{CLOSING}"
 
 
-def _lines(choice: Choice) -> str:
-    return "".join(f"- {text}={letter}\n" for text, letter in zip(choice.choices, LETTERS, strict=True))
+def _lines(texts: Sequence[str], letters: Sequence[str] = LETTERS) -> str:
+    return "".join(f"- {text}={letter}\n" for text, letter in zip(texts, letters, strict=True))
 
 
 def _with_tests(facts: tuple[Fact, ...]) -> tuple[Fact, ...]:

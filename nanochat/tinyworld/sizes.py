@@ -7,8 +7,7 @@ DEFAULT_CHARS = 6_000_000
 SMALLEST_CHARS = 10_000
 
 # Share of the characters of the pretraining text by kind of document.
-Mixture = tuple[tuple[str, float], ...]
-MIXTURE: Mixture = (
+MIXTURE = (
     ("quick questions", 0.34), ("questions", 0.05), ("encyclopaedia", 0.08), ("lookups", 0.10), ("quizzes", 0.04),
     ("dialogues", 0.02), ("plays", 0.01), ("letters", 0.01), ("stories", 0.04), ("riddles", 0.01),
     ("sums", 0.10), ("spelling", 0.12), ("programs", 0.08),
