@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
+
+# Test processes side by side share the cores, and so do the programs that they start: torch's threads would
+# wait for each other. Before anything imports torch.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TINY_CHARS = 300_000
 TINY_VOCAB = 512
