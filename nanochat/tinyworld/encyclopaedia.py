@@ -82,9 +82,12 @@ class Encyclopaedia:
         return "\n\n".join(lines)
 
     def quick_questions(self, rng: Rng) -> str:
-        """Many questions about anything, each with its bare answer."""
+        """Many questions about anything, each with its bare answer.
+
+        The answer is indented, so that its word is the same token as within a sentence or a list.
+        """
         facts = [rng.pick(self.facts) for _ in range(rng.between(6, 12))]
-        return "\n".join(f"{rng.pick(fact.questions)}\n{fact.answer}" for fact in facts)
+        return "\n".join(f"{rng.pick(fact.questions)}\n {fact.answer}" for fact in facts)
 
 
 def tell_facts(rng: Rng, facts: list[Fact]) -> list[str]:

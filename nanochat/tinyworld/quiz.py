@@ -71,7 +71,8 @@ class Quiz:
         """Which letter stands behind which choice: practice in reading the choices, with no fact to know.
 
         All words are equally likely, so that pages which share a row of the batch rarely contradict each other.
-        Some pages repeat letters: copying any letter then pays before the right one can be found.
+        Nothing but finding the letter pays: no question comes twice, which would reward looking for its earlier
+        answer, and letters are drawn one by one, so that none can be ruled out because it was said before.
         """
         listed, asked = self._listed(rng)
         return f"{listed}\n" + "\n".join(f"{question}\n{letter}" for question, letter in asked)
@@ -94,11 +95,8 @@ class Quiz:
     def _listed(self, rng: Rng) -> tuple[str, list[tuple[str, str]]]:
         """Lines of choices with letters, and questions about them with the letters to say."""
         words = rng.sample(self._answers, rng.between(3, 4))
-        repeated = rng.chance(0.3)
-        drawn = [rng.pick(LETTERS) for _ in words] if repeated else rng.sample(LETTERS, len(words))
-        letters = dict(zip(words, drawn, strict=True))
-        asked = [rng.pick(words) for _ in range(rng.between(2, 3))]
-        return _lines(words, drawn), [(_naming(word), letters[word]) for word in asked]
+        letters = {word: rng.pick(LETTERS) for word in words}
+        return _lines(words, list(letters.values())), [(_naming(word), letters[word]) for word in rng.sample(words, 2)]
 
 
 def _naming(answer: str) -> str:
