@@ -96,7 +96,9 @@ class Quiz:
         """Lines of choices with letters, and questions about them with the letters to say."""
         words = rng.sample(self._answers, rng.between(3, 4))
         letters = {word: rng.pick(LETTERS) for word in words}
-        return _lines(words, list(letters.values())), [(_naming(word), letters[word]) for word in rng.sample(words, 2)]
+        return _lines(words, list(letters.values())), [
+            (_naming(word), letters[word]) for word in rng.sample(words, 2)
+        ]
 
 
 def _naming(answer: str) -> str:
