@@ -326,7 +326,9 @@ def tiny_rows(seed: int, steps: int) -> list[Row]:
         _evaluation_row("sft", "chat_sft", 30, _TINY_EVAL),
         Row("chat_rl", "reinforce correct answers", 90, ("chat_sft",),
             "scripts.chat_rl --num-iterations=30 --examples-per-step=16 --num-samples=8 --device-batch-size=32"
-            " --max-new-tokens=96 --eval-every=15 --eval-examples=100 --eval-samples=4 --save-every=15"),
+            " --max-new-tokens=96 --eval-every=15 --eval-examples=100 --eval-samples=4 --save-every=15"
+            # Tables that learn as fast as in pretraining unlearn what the problems do not practise (LOG 2026-11-25).
+            " --embedding-lr=0.01 --unembedding-lr=0.002 --matrix-lr=0.06"),
         _evaluation_row("rl", "chat_rl", 30, _TINY_EVAL),
     ]  # fmt: skip
 
