@@ -48,7 +48,7 @@ def intervals_of(sections: Sequence[Mapping]) -> Intervals:
 def task_intervals(values: Mapping[str, float]) -> dict[str, tuple[float, float]]:
     """Intervals of the tasks in one item of a section, which holds `<task>` and `<task> problems`."""
     return {
-        task: tuple(wilson(round(values[task] * values[f"{task} problems"]), int(values[f"{task} problems"])))
+        task: wilson(round(values[task] * values[f"{task} problems"]), int(values[f"{task} problems"]))
         for task in TASKS
         if task in values and f"{task} problems" in values
     }
