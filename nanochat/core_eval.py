@@ -1,35 +1,29 @@
 """CORE: 22 in-context-learning tasks, centred accuracy, averaged. [DCLM, arXiv 2406.11794]
 
-Every example becomes a few token sequences with a scored range each. Many examples share a forward pass:
-their sequences are sorted by length, padded and cut into batches of a bounded number of logits. The result
-is that of one example at a time.
+Every example becomes a few token sequences with a scored range each; nanochat/core_scoring.py scores many at
+once. The result is that of one example at a time.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 
-from nanochat.common import World, print0
+from nanochat.common import World, print0, whole_file
+from nanochat.confidence import bootstrap_mean_of_tasks, wilson
 from nanochat.core_bundle import CoreTask, Item, bundle_dir, load_items, load_tasks
+from nanochat.core_scoring import EvalModel, Score, Scored, common_prefix_length, score_examples
 
 CHUNK_EXAMPLES = 256  # prepared together, so that their sequences can be sorted by length
-LENGTH_STEP = 32  # lengths are rounded up to it: few distinct shapes, or allocators fragment
-LOGIT_BYTES = {"cuda": 4 << 30, "mps": 1 << 30, "cpu": 256 << 20}  # fp32 logits of one forward pass
-
-
-class EvalModel(Protocol):
-    """Token ids (B, T) to logits (B, T, V)."""
-
-    def __call__(self, idx: torch.Tensor, /) -> torch.Tensor: ...
+TEXT_CHARS = 200  # of an example in the log
 
 
 class TextTokenizer(Protocol):
@@ -42,20 +36,13 @@ class TextTokenizer(Protocol):
     def encode(self, text: list[str], prepend: int | None = None) -> list[list[int]]: ...
 
 
-class Scored(NamedTuple):
-    """A sequence and the positions [start, end) of the tokens that are scored; 1 <= start < end."""
-
-    tokens: list[int]
-    start: int
-    end: int
-
-
 @dataclass(frozen=True, slots=True)
 class TaskOutcome:
     """Result of one task; counts are over all ranks."""
 
     accuracy: float
     correct: list[bool]  # in the order of the shuffled examples
+    losses: list[list[float]]  # of each example's options: nats per scored token
     num_fewshot: int  # smaller than asked for if there are too few examples
     num_truncated: int = 0  # sequences longer than the model's context; they keep their last tokens
     num_merged: int = 0  # prompts whose tokens are no prefix of the prompt with continuation
@@ -87,15 +74,6 @@ def render_prompts(item: Item, shots: Sequence[Item], kind: str, delimiter: str)
     return [prompt.strip(), f"{prompt}{item['continuation']}"]
 
 
-def common_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
-    """Number of leading tokens that all sequences share."""
-    shortest = min(map(len, sequences))
-    for position in range(shortest):
-        if any(sequence[position] != sequences[0][position] for sequence in sequences):
-            return position
-    return shortest
-
-
 def scored_ranges(sequences: list[list[int]], kind: str) -> tuple[list[Scored], bool]:
     """What of each sequence is scored, never an empty range; and whether a prompt was no token prefix."""
     shortest = min(map(len, sequences))
@@ -122,53 +100,6 @@ def truncated(scored: Scored, context: int) -> Scored:
 # --- scoring -----------------------------------------------------------------------------------------
 
 
-class Score(NamedTuple):
-    """Mean loss in nats over the scored tokens, and whether greedy decoding gives all of them."""
-
-    loss: float
-    is_greedy: bool
-
-
-@torch.no_grad()
-def score_sequences(
-    model: EvalModel, sequences: Sequence[Scored], bos: int, vocab_size: int, device: torch.device
-) -> list[Score]:
-    """Scores of sequences of any lengths, in their order."""
-    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index].tokens))
-    scores: dict[int, Score] = {}
-    while order:  # the longest first, so that memory peaks at once or never
-        width = padded_length(len(sequences[order[-1]].tokens))
-        budget = LOGIT_BYTES.get(device.type, LOGIT_BYTES["cpu"])
-        rows = max(1, budget // (4 * width * vocab_size))
-        batch, order = order[-rows:], order[:-rows]
-        found = _score_batch(model, [sequences[i] for i in batch], width, bos, device)
-        scores.update(zip(batch, found, strict=True))
-    return [scores[index] for index in range(len(sequences))]
-
-
-def padded_length(length: int) -> int:
-    """A sequence length rounded up to one of few."""
-    return -(-length // LENGTH_STEP) * LENGTH_STEP
-
-
-def _score_batch(
-    model: EvalModel, batch: list[Scored], width: int, bos: int, device: torch.device
-) -> Iterator[Score]:
-    inputs = torch.full((len(batch), width), bos, dtype=torch.int64)
-    for row, scored in enumerate(batch):
-        inputs[row, : len(scored.tokens)] = torch.tensor(scored.tokens)
-    # all scored positions of the batch in one flat list: one gather, one transfer
-    counts = [scored.end - scored.start for scored in batch]
-    rows = torch.arange(len(batch)).repeat_interleave(torch.tensor(counts))
-    positions = torch.cat([torch.arange(scored.start, scored.end) for scored in batch])
-    targets = inputs[rows, positions].to(device)
-    predictions = model(inputs.to(device))[rows.to(device), positions.to(device) - 1].float()
-    losses = F.cross_entropy(predictions, targets, reduction="none").cpu().split(counts)
-    hits = (predictions.argmax(dim=-1) == targets).cpu().split(counts)
-    for loss, hit in zip(losses, hits, strict=True):
-        yield Score(loss.mean().item(), bool(hit.all()))
-
-
 def is_correct(scores: Sequence[Score], item: Item, kind: str) -> bool:
     """Whether the option of least loss is the right one; for language modeling, whether it is greedy."""
     if kind == "language_modeling":
@@ -188,29 +119,39 @@ def evaluate_task(
     """Accuracy on one task; rank r of w evaluates examples r, r+w, ... Collective."""
     started = time.perf_counter()
     bos, vocab_size = tokenizer.get_bos_token_id(), tokenizer.get_vocab_size()
-    # one entry per example, then the counts of truncated and merged sequences
-    results = torch.zeros(len(items) + 2, dtype=torch.float32)
+    num_options = [_num_options(item, task.kind) for item in items]
+    # per example whether it is right and the losses of its options; ranks fill in theirs
+    results = torch.zeros(len(items), 1 + max(num_options), dtype=torch.float32)
+    counts = torch.zeros(2, dtype=torch.float32)  # truncated and merged sequences
     mine = range(world.rank, len(items), world.size)
     for first in range(0, len(mine), CHUNK_EXAMPLES):
         chunk = mine[first : first + CHUNK_EXAMPLES]
         examples, num_merged = _prepare(tokenizer, items, chunk, task, bos)
-        flat = [scored for example in examples for scored in example]
         if context is not None:
-            results[-2] += sum(len(scored.tokens) > context for scored in flat)
-            flat = [truncated(scored, context) for scored in flat]
-        results[-1] += num_merged
-        scores = iter(score_sequences(model, flat, bos, vocab_size, world.device))
-        for index, example in zip(chunk, examples, strict=True):
-            results[index] = is_correct(list(islice(scores, len(example))), items[index], task.kind)
-    *correct, num_truncated, num_merged = world.sum(results.to(world.device)).tolist()
+            num_truncated = sum(len(scored.tokens) > context for example in examples for scored in example)
+            examples = [[truncated(scored, context) for scored in example] for example in examples]
+            counts[0] += num_truncated
+        counts[1] += num_merged
+        scored = score_examples(model, examples, bos, vocab_size, world.device)
+        for index, scores in zip(chunk, scored, strict=True):
+            results[index, 0] = is_correct(scores, items[index], task.kind)
+            results[index, 1 : 1 + len(scores)] = torch.tensor([score.loss for score in scores])
+    rows = world.sum(results.to(world.device)).tolist()
+    num_truncated, num_merged = world.sum(counts.to(world.device)).tolist()
     return TaskOutcome(
-        sum(correct) / len(items),
-        [bool(value) for value in correct],
+        sum(row[0] for row in rows) / len(items),
+        [bool(row[0]) for row in rows],
+        [row[1 : 1 + count] for row, count in zip(rows, num_options, strict=True)],
         min(task.num_fewshot, len(items) - 1),
         int(num_truncated),
         int(num_merged),
         time.perf_counter() - started,
     )
+
+
+def _num_options(item: Item, kind: str) -> int:
+    fields = {"multiple_choice": "choices", "schema": "context_options"}
+    return len(item[fields[kind]]) if kind in fields else 1
 
 
 def _prepare(
@@ -240,28 +181,58 @@ def evaluate_core(
     world: World,
     max_per_task: int = -1,
     bundle: Path | None = None,
+    examples_log: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate all tasks of the bundle (default: that of the data source). Collective; prints on rank 0.
 
-    Returns `results` and `centered_results` by label, their mean `core_metric`, and `outcomes`
-    (TaskOutcome by label). Prompts longer than the model's training context keep their end.
+    Returns `results` and `centered_results` by label, their mean `core_metric`, `outcomes` (TaskOutcome by
+    label), and 95 % intervals: `intervals` of the accuracies by label, `core_interval` of the mean.
+    Prompts longer than the model's training context keep their end. examples_log: a file for a line of JSON
+    per example, written on rank 0.
     """
     tasks = load_tasks(bundle or bundle_dir())
     config = getattr(model, "config", None)
     context = getattr(config, "sequence_len", None) or getattr(model, "max_seq_len", None)
     outcomes: dict[str, TaskOutcome] = {}
+    lines: list[str] = []
     for task in tasks:
-        outcome = evaluate_task(model, tokenizer, load_items(task, max_per_task), task, world, context)
+        items = load_items(task, max_per_task)
+        outcome = evaluate_task(model, tokenizer, items, task, world, context)
         outcomes[task.label] = outcome
+        lines += example_lines(task, items, outcome)
         print0(_line(task, outcome))
+    if examples_log is not None and world.is_main:
+        with whole_file(examples_log, "w") as file:
+            file.writelines(f"{line}\n" for line in lines)
     results = {label: outcome.accuracy for label, outcome in outcomes.items()}
     centered_results = {task.label: centered(results[task.label], task.baseline) for task in tasks}
+    intervals, core_interval = bootstrap_mean_of_tasks(
+        [outcome.correct for outcome in outcomes.values()], [task.baseline for task in tasks]
+    )
     return {
         "results": results,
         "centered_results": centered_results,
         "core_metric": sum(centered_results.values()) / len(centered_results),
         "outcomes": outcomes,
+        "intervals": dict(zip(outcomes, intervals, strict=True)),
+        "core_interval": core_interval,
     }
+
+
+def example_lines(task: CoreTask, items: Sequence[Item], outcome: TaskOutcome) -> list[str]:
+    """What the model made of each example, as JSON: options by their losses, the chosen and the right one."""
+    lines = []
+    for index, (item, is_right, losses) in enumerate(
+        zip(items, outcome.correct, outcome.losses, strict=True)
+    ):
+        line = {"task": task.label, "index": index, "correct": is_right, "losses": losses}
+        if task.kind == "language_modeling":
+            line |= {"text": item["context"].strip()[-TEXT_CHARS:], "gold": item["continuation"]}
+        else:
+            text = item["query"] if task.kind == "multiple_choice" else item["continuation"]
+            line |= {"text": text[-TEXT_CHARS:], "chosen": losses.index(min(losses)), "gold": item["gold"]}
+        lines.append(json.dumps(line, ensure_ascii=False))
+    return lines
 
 
 def _line(task: CoreTask, outcome: TaskOutcome) -> str:
@@ -270,8 +241,9 @@ def _line(task: CoreTask, outcome: TaskOutcome) -> str:
     shots = f"{outcome.num_fewshot}-shot"
     if outcome.num_fewshot < task.num_fewshot:
         shots += f" of {task.num_fewshot}"
+    low, high = wilson(sum(outcome.correct), len(outcome.correct))
     return (
         f"{task.label:<33} {shots}, {task.kind}, {len(outcome.correct):,} examples | "
-        f"accuracy {outcome.accuracy:.4f} | centered {centered(outcome.accuracy, task.baseline):.4f} | "
+        f"accuracy {outcome.accuracy:.4f} ({low:.3f} to {high:.3f}) | centered {centered(outcome.accuracy, task.baseline):.4f} | "
         f"{outcome.seconds:.1f} s{''.join(f' | {note}' for note in notes)}"
     )

@@ -5,7 +5,8 @@ the validation split, all others are training. Documents are shuffled when the s
 
     python -m nanochat.dataset -n 8     # 8 training shards and the validation shard
 
-NANOCHAT_DATA=tinyworld generates the embedded data instead; NANOCHAT_DATASET names another hub data set.
+NANOCHAT_DATA=tinyworld generates the embedded data instead; NANOCHAT_DATASET names another hub data set, or one
+that nanochat.text_import made of your own text.
 """
 
 from __future__ import annotations
@@ -55,15 +56,31 @@ def hub_shards() -> HubShards:
     """The hub data set in use: NANOCHAT_DATASET, by default climbmix."""
     name = os.environ.get("NANOCHAT_DATASET") or CLIMBMIX.name
     if name not in HUB_SHARDS:
-        raise UserError(f"NANOCHAT_DATASET={name!r} is unknown; use {' or '.join(HUB_SHARDS)}")
+        raise UserError(
+            f"NANOCHAT_DATASET={name!r} is unknown; use {' or '.join(HUB_SHARDS)}, "
+            f"or import text under this name: python -m nanochat.text_import --name={name} --files=FOLDER"
+        )
     return HUB_SHARDS[name]
+
+
+def imported_dir(name: str) -> Path:
+    """Folder of a data set made of one's own text, whether it exists or not."""
+    return get_base_dir() / "imported_data" / name
 
 
 def default_data_dir() -> Path:
     """Folder of the shards of the data source and data set in use. Not created."""
     if data_source() == "tinyworld":
         return data_root() / "base_data"
+    if uses_imported_data():
+        return imported_dir(os.environ["NANOCHAT_DATASET"])
     return get_base_dir() / hub_shards().folder
+
+
+def uses_imported_data() -> bool:
+    """Whether NANOCHAT_DATASET names a data set made of one's own text."""
+    name = os.environ.get("NANOCHAT_DATASET", "")
+    return name not in ("", *HUB_SHARDS) and imported_dir(name).is_dir()
 
 
 # --- listing and splitting ---------------------------------------------------------------------------
@@ -77,7 +94,7 @@ def list_parquet_files(data_dir: Path | None = None, warn_on_legacy: bool = Fals
     """
     folder = data_dir or default_data_dir()
     legacy = get_base_dir() / FINEWEB_EDU.folder
-    is_default = data_dir is None and data_source() == "hub" and hub_shards() is CLIMBMIX
+    is_default = data_dir is None and folder == get_base_dir() / CLIMBMIX.folder
     if is_default and not folder.is_dir() and legacy.is_dir():
         if warn_on_legacy:
             print(_LEGACY_NOTICE.format(new=folder, old=legacy), file=sys.stderr)
@@ -126,8 +143,8 @@ def _is_hub_shard(path: Path) -> bool:
 # --- reading -----------------------------------------------------------------------------------------
 
 
-def open_shard(path: Path) -> pq.ParquetFile:
-    """Open a shard; a damaged file or one without a text column is a UserError that names it."""
+def open_shard(path: Path, column: str = "text") -> pq.ParquetFile:
+    """Open a shard; a damaged file or one without the column of text is a UserError that names it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -136,8 +153,8 @@ def open_shard(path: Path) -> pq.ParquetFile:
     except (pa.ArrowInvalid, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot read {path}: {reason} Delete it and fetch it again") from None
-    if "text" not in file.schema_arrow.names:
-        raise UserError(f"{path} has no column `text`, only {', '.join(file.schema_arrow.names)}")
+    if column not in file.schema_arrow.names:
+        raise UserError(f"{path} has no column `{column}`, only {', '.join(file.schema_arrow.names)}")
     return file
 
 
@@ -194,6 +211,9 @@ def main(cfg: Config) -> None:
     """Fetch the pretraining shards of the data source in use, or generate the embedded one."""
     if data_source() == "tinyworld":
         _generate(cfg)
+        return
+    if uses_imported_data():
+        print(f"data source: your own text, {len(list_parquet_files())} shards in {default_data_dir()}")
         return
     shards = hub_shards()
     wanted = shards.last_shard if cfg.num_files < 0 else min(cfg.num_files, shards.last_shard)

@@ -326,7 +326,7 @@ class GPT(nn.Module):
             x = _last_real(x, lengths)
         if targets is not None:
             return self._loss(x, targets, loss_reduction)
-        return self._logits(x)
+        return self.logits(x)
 
     def hidden(
         self, idx: torch.Tensor, kv_cache: KVCache | None, lengths: Sequence[int] | torch.Tensor | None
@@ -382,13 +382,14 @@ class GPT(nn.Module):
         gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
         return x + gate * shifted
 
-    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """fp32 (..., V) of final hidden states (..., C)."""
         logits = self.lm_head(x)[..., : self.config.vocab_size].float()
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap)
 
     def _loss(self, x: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
-        logits = self._logits(x).view(-1, self.config.vocab_size)
+        logits = self.logits(x).view(-1, self.config.vocab_size)
         return F.cross_entropy(logits, targets.reshape(-1), ignore_index=-1, reduction=reduction)
 
     # --- accounting ------------------------------------------------------------------------------

@@ -84,12 +84,16 @@ def find_metrics(base: Path, since: float = 0.0) -> dict[str, list[dict]]:
 
 
 def draw_all(
-    base: Path, scores: Mapping[str, Mapping[str, float]], folder: Path, since: float = 0.0
+    base: Path,
+    scores: Mapping[str, Mapping[str, float]],
+    folder: Path,
+    since: float = 0.0,
+    intervals: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
 ) -> list[tuple[str, str]]:
     """Draw every plot there is data for into folder; returns (file name, caption) in the report's order."""
     events = find_metrics(base, since)
     drawings = [
-        ("scores.png", "Task scores by stage", score_figure(scores)),
+        ("scores.png", "Task scores by stage", score_figure(scores, intervals)),
         ("loss.png", "Training loss", loss_figure(events)),
         ("bpb.png", "Validation bits per byte", bpb_figure(events)),
         ("reward.png", "Reward in reinforcement learning", reward_figure(events.get("rl", []))),
@@ -145,11 +149,12 @@ def _panels(
     _, axes = new_figure(title, subtitle, len(curves))
     for axis, stage in zip(axes, curves, strict=True):
         axis.set_title(STAGE_NAMES[stage], color=COLORS[stage], pad=8)
-        _step_axis(axis, curves[stage].steps)
+        step_axis(axis, curves[stage].steps)
     return [(stage, axis, curves[stage]) for axis, stage in zip(axes, curves, strict=True)]
 
 
-def _step_axis(axis: Axes, steps: np.ndarray) -> None:
+def step_axis(axis: Axes, steps: np.ndarray) -> None:
+    """Optimizer steps from 0 to the last one, in thousands where they are many."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     axis.set_xlim(0, steps[-1] * 1.02)
@@ -256,7 +261,7 @@ def reward_figure(events: Sequence[Mapping]) -> Figure | None:
                 passed.steps, passed.values, "D--", color=INK, linewidth=1, markersize=5, clip_on=False,
                 label="pass@1, held out",
             )  # fmt: skip
-        _step_axis(axis, reward.steps)
+        step_axis(axis, reward.steps)
         top = max(float(reward.values.max()), float(passed.values.max()) if len(passed.steps) else 0)
         axis.set_ylim(0, min(1.05, max(0.1, top * 1.15)))
         _mark_end(axis, reward.steps[-1], mean[-1], f"{mean[-1]:.1%}", COLORS["rl"])
@@ -264,8 +269,11 @@ def reward_figure(events: Sequence[Mapping]) -> Figure | None:
     return figure
 
 
-def score_figure(scores: Mapping[str, Mapping[str, float]]) -> Figure | None:
-    """Accuracy of each task after each stage as bars, the score of guessing as a dashed line."""
+def score_figure(
+    scores: Mapping[str, Mapping[str, float]],
+    intervals: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+) -> Figure | None:
+    """Accuracy of each task after each stage as bars with 95 % intervals; the score of guessing is dashed."""
     tasks = [task for task in TASKS if task in scores]
     stages = [stage for stage in STAGE_NAMES if any(stage in scores[task] for task in tasks)]
     if not tasks:
@@ -273,7 +281,7 @@ def score_figure(scores: Mapping[str, Mapping[str, float]]) -> Figure | None:
     with style():
         figure, (axis,) = new_figure(
             "What the model can do",
-            "accuracy on held-out questions after each stage; dashed: guessing",
+            "accuracy on held-out questions after each stage; whiskers: 95 % interval; dashed: guessing",
             1,
             3.9,
         )
@@ -284,8 +292,11 @@ def score_figure(scores: Mapping[str, Mapping[str, float]]) -> Figure | None:
                 left = place + (index - len(present) / 2 + 0.5) * width
                 value = scores[task][stage]
                 axis.bar(left, value, width * 0.9, color=COLORS[stage])
+                low, high = (intervals or {}).get(task, {}).get(stage, (value, value))
+                if low < high:
+                    axis.plot([left, left], [low, high], color=INK, alpha=0.45, linewidth=1.3)
                 axis.text(
-                    left, value + 0.012, f"{100 * value:.0f}", ha="center", fontsize=8.5, fontweight="bold",
+                    left, max(value, high) + 0.012, f"{100 * value:.0f}", ha="center", fontsize=8.5, fontweight="bold",
                     color=COLORS[stage],
                 )  # fmt: skip
             if CHANCE[task]:

@@ -1,6 +1,7 @@
-"""The training report: every stage logs a section, `generate` makes report.md, report.json and the plots.
+"""The training report: every stage logs a section, `generate` makes report.md, .html, .json and the plots.
 
     python -m nanochat.report [generate|reset|show|json]
+    python -m nanochat.report compare RUN RUN...     # several runs side by side, in compare.md and compare.html
 
 `<base>/report` holds header.md, run.json, and per section <slug>.md (to read) and <slug>.json (to compute
 with). Metrics come from the JSON only: model output that looks like a metric line changes nothing.
@@ -22,8 +23,8 @@ from pathlib import Path
 
 from nanochat import environment
 from nanochat.common import UserError, get_base_dir, get_dist_info, print0, read_json, whole_file, write_json
+from nanochat.report_html import html_report
 from nanochat.report_render import (
-    TASKS,
     Item,
     format_seconds,
     header_markdown,
@@ -32,6 +33,7 @@ from nanochat.report_render import (
     summary_table,
     table,
 )
+from nanochat.report_scores import intervals_of, metrics_of, shown_stages
 
 # Order of the report. Stages that a run leaves out are simply absent.
 SECTIONS = (
@@ -39,7 +41,6 @@ SECTIONS = (
     "base-model-evaluation", "midtraining", "chat-evaluation-mid", "chat-sft", "chat-evaluation-sft",
     "chat-rl", "chat-evaluation-rl", "inference-benchmark",
 )  # fmt: skip
-STAGES = ("base", "mid", "sft", "rl")
 
 
 def slug_of(section: str) -> str:
@@ -108,27 +109,26 @@ class Report:
     # --- the report ----------------------------------------------------------------------------------
 
     def generate(self, copy_to: Path | None = None) -> Path:
-        """Write report.md, report.json and report_files/*.png, and copy them to a folder (default: here)."""
+        """Write report.md, .html, .json and report_files/*.png, and copy them to a folder (default: here)."""
         started = time.monotonic()
         run, sections = self._run(), self.sections()
         own = [s for s in sections if s["run_id"] == run.get("run_id")]
         stages = self._pipeline_stages()
         summary = _summarize(run, own, stages)
-        plots = self._plots(summary["metrics"], run)
+        plots = self._plots(summary, run)
         path = self.folder / "report.md"
         with whole_file(path, "w") as file:
             file.write(self._text(run, sections, own, summary, stages, plots))
-        write_json(
-            self.folder / "report.json",
-            {
-                "header": run,
-                "sections": sections,
-                "summary": {"metrics": summary["metrics"]},
-                **{key: summary[key] for key in ("wall_clock_seconds", "stage_seconds", "cost_usd")},
-                "bloat": run.get("bloat", {}),
-                "plots": [name for name, _ in plots],
-            },
-        )
+        record = {
+            "header": run, "sections": sections, "stages": stages,
+            "summary": {key: summary[key] for key in ("metrics", "intervals")},
+            **{key: summary[key] for key in ("wall_clock_seconds", "stage_seconds", "cost_usd")},
+            "bloat": run.get("bloat", {}), "plots": [name for name, _ in plots],
+        }  # fmt: skip
+        write_json(self.folder / "report.json", record)
+        with whole_file(self.folder / "report.html", "w") as file:
+            pictures = [(self.folder / "report_files" / name, caption) for name, caption in plots]
+            file.write(html_report(record, pictures))
         copy = self._copy(copy_to or Path.cwd())
         print0(f"report: {copy} ({len(own)} sections, {len(plots)} plots, {time.monotonic() - started:.1f}s)")
         return path
@@ -137,12 +137,13 @@ class Report:
         path = self.base / "run" / "stages.json"
         return read_json(path)["stages"] if path.exists() else []
 
-    def _plots(self, metrics: dict, run: dict) -> list[tuple[str, str]]:
+    def _plots(self, summary: dict, run: dict) -> list[tuple[str, str]]:
         """(file name, title) of the plots, drawn anew from the metrics of this run's checkpoints."""
         from nanochat.plots import draw_all
 
         started = datetime.fromisoformat(run["started"]).timestamp() if run else 0.0
-        return draw_all(self.base, metrics, self.folder / "report_files", started)
+        folder = self.folder / "report_files"
+        return draw_all(self.base, summary["metrics"], folder, started, summary["intervals"])
 
     def _text(
         self, run: dict, sections: list, own: list, summary: dict, stages: list, plots: list[tuple[str, str]]
@@ -169,8 +170,9 @@ class Report:
     def _copy(self, target: Path) -> Path:
         copy = target / "report.md"
         if target.resolve() != self.folder.resolve():
-            with whole_file(copy, "w") as file:
-                file.write((self.folder / "report.md").read_text(encoding="utf-8"))
+            for name in ("report.md", "report.html"):
+                with whole_file(target / name, "w") as file:
+                    file.write((self.folder / name).read_text(encoding="utf-8"))
             shutil.rmtree(target / "report_files", ignore_errors=True)
             if (self.folder / "report_files").exists():
                 shutil.copytree(self.folder / "report_files", target / "report_files")
@@ -243,38 +245,14 @@ def _summarize(run: dict, sections: list[dict], stages: list[dict]) -> dict:
     busy = sum(stage_seconds.values()) if stage_seconds else seconds
     usd = run.get("hourly_usd")
     return {
-        "metrics": _metrics(sections), "wall_clock_seconds": seconds, "stage_seconds": stage_seconds,
+        "metrics": metrics_of(sections), "intervals": intervals_of(sections), "wall_clock_seconds": seconds, "stage_seconds": stage_seconds,
         "busy_seconds": busy, "cost_usd": usd * busy / 3600 if usd is not None and busy is not None else None,
     }  # fmt: skip
 
 
-def _metrics(sections: list[dict]) -> dict[str, dict[str, float]]:
-    """{metric: {stage: value}} of the summary table."""
-    wanted: dict[str, tuple[str, dict[str, str]]] = {
-        "base-model-training": ("base", {"Final core_metric": "CORE", "Final val/bpb": "val bpb"}),
-        "base-model-loss": ("base", {"val bpb": "val bpb"}),
-        "base-model-evaluation": ("base", {"CORE metric": "CORE", "val bpb": "val bpb"}),
-    }
-    tasks = {task: task for task in TASKS} | {"ChatCORE metric": "ChatCORE"}
-    wanted |= {f"chat-evaluation-{stage}": (stage, tasks) for stage in STAGES}
-    metrics: dict[str, dict[str, float]] = {}
-    for section in sections:
-        stage, names = wanted.get(section["slug"], ("", {}))
-        for item in section["items"]:
-            for key, value in item.items() if isinstance(item, dict) else ():
-                if key in names and isinstance(value, float | int):
-                    metrics.setdefault(names[key], {})[stage] = float(value)
-    return metrics
-
-
-def shown_stages(metrics: dict[str, dict[str, float]]) -> list[str]:
-    """Columns of the summary table: the stages that were evaluated, BASE and SFT always."""
-    ran = {stage for scores in metrics.values() for stage in scores}
-    return [stage for stage in STAGES if stage in ran or stage in ("base", "sft")]
-
-
 def _summary_lines(run: dict, summary: dict) -> list[str]:
-    lines = [summary_table(summary["metrics"], shown_stages(summary["metrics"])), "\n"]
+    metrics = summary["metrics"]
+    lines = [summary_table(metrics, shown_stages(metrics), summary["intervals"]), "\n"]
     lines.append(f"Total wall clock time: {format_seconds(summary['wall_clock_seconds'])}\n")
     if summary["stage_seconds"]:
         lines.append(f"\nTime in stages: {format_seconds(summary['busy_seconds'])}\n")
@@ -311,8 +289,13 @@ def _commands(stages: list[dict]) -> str:
 def main(argv: Sequence[str]) -> None:
     """Run one of the actions; generate is the default."""
     action = argv[0] if argv else "generate"
+    if action == "compare":
+        from nanochat.report_compare import compare
+
+        print(compare([Path(run) for run in argv[1:]], Path.cwd()), end="")
+        return
     if action not in ("generate", "reset", "show", "json") or len(argv) > 1:
-        raise UserError(f"report {' '.join(argv)!r}: use one of generate, reset, show, json")
+        raise UserError(f"report {' '.join(argv)!r}: use one of generate, reset, show, json, compare")
     report = get_report()
     if isinstance(report, DummyReport):
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from nanochat.confidence import wilson
 from nanochat.environment import Bloat, Git, Hardware, Software
 from nanochat.metrics import duration
 
@@ -89,15 +90,28 @@ def _cell(value: object) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
-def summary_table(metrics: Mapping[str, Mapping[str, float]], stages: Sequence[str]) -> str:
-    """Metrics by stage with the score of guessing: CORE first, the tasks, then the others, ChatCORE last."""
+def summary_table(
+    metrics: Mapping[str, Mapping[str, float]],
+    stages: Sequence[str],
+    intervals: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+) -> str:
+    """Metrics by stage, 95 % intervals and the score of guessing: CORE, the tasks, the others, ChatCORE."""
     order = ["CORE", *sorted(t for t in TASKS if t != "SpellingBee"), "SpellingBee", "val bpb", "ChatCORE"]
     columns = ["Metric", *(stage.upper() for stage in stages), "Chance"]
     rows = []
     for metric in (m for m in order if m in metrics):
-        scores = [f"{metrics[metric][s]:.4f}" if s in metrics[metric] else "-" for s in stages]
+        known = (intervals or {}).get(metric, {})
+        scores = [
+            score_text(metrics[metric][s], known.get(s)) if s in metrics[metric] else "-" for s in stages
+        ]
         rows.append([metric, *scores, f"{CHANCE[metric]:.4f}" if metric in CHANCE else "-"])
-    return table(columns, rows, widths=[15] + [8] * (len(columns) - 1))
+    cells = [max([8, *(len(row[i]) for row in rows)]) for i in range(1, len(columns))]
+    return table(columns, rows, widths=[15, *cells])
+
+
+def score_text(value: float, interval: Sequence[float] | None) -> str:
+    """A score with its interval, if that is known."""
+    return f"{value:.4f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
 
 
 # --- sections ----------------------------------------------------------------------------------------
@@ -139,13 +153,14 @@ def _rich_item(item: Mapping[str, object], settings: dict[str, object] | None) -
     """Render scores, results and samples; move the many settings of a script into `settings`, if given."""
     scores = {k: v for k, v in item.items() if k in TASKS and isinstance(v, float | int)}
     samples = {k: v for k, v in item.items() if k.startswith(("sample ", "unconditioned "))}
-    rest = {k: v for k, v in item.items() if k not in scores and k not in samples}
+    problems = {k: v for k, v in item.items() if k.removesuffix(" problems") in TASKS and k not in scores}
+    rest = {k: v for k, v in item.items() if k not in scores | samples | problems}
     named_like_code = [key for key in rest if re.fullmatch(r"[a-z][a-z0-9_]*", key)]
     if settings is not None and len(named_like_code) > _MOST_RESULTS:
         settings.update({key: rest.pop(key) for key in named_like_code})
     parts = [key_value_table(rest)] if rest else []
     if scores:
-        parts.append(score_table(scores))
+        parts.append(score_table(scores, problems))
     if samples:
         shown = "\n\n".join(f"*{key}*\n\n{fenced(str(value))}" for key, value in samples.items())
         parts.append(_folded(f"{len(samples)} samples", shown + "\n"))
@@ -157,17 +172,21 @@ def key_value_table(item: Mapping[str, object]) -> str:
     return table(["", "Value"], [[_cell(k), _cell(v).replace("\n", " ")] for k, v in item.items()])
 
 
-def score_table(scores: Mapping[str, object]) -> str:
-    """One row per task: score, what guessing gives, and a bar of the way from guessing to perfect."""
+def score_table(scores: Mapping[str, object], problems: Mapping[str, object] | None = None) -> str:
+    """One row per task: score, its 95 % interval, what guessing gives, a bar from guessing to perfect.
+
+    problems: `<task> problems` with their numbers, from which the intervals are computed.
+    """
     rows = []
-    for name, score in scores.items():
-        chance = CHANCE[name]
-        centred = (float(str(score)) - chance) / (1 - chance)
-        bar = "\u2588" * round(10 * max(0.0, min(1.0, centred)))
+    for name, value in scores.items():
+        score, chance, total = float(str(value)), CHANCE[name], (problems or {}).get(f"{name} problems")
+        bar = "\u2588" * round(10 * max(0.0, min(1.0, (score - chance) / (1 - chance))))
+        low, high = wilson(round(score * int(str(total))), int(str(total))) if total else (0.0, 1.0)
         rows.append(
-            [name, f"{float(str(score)):.1%}", f"{chance:.0%}", f"`{bar:\u2591<10}`"]  # light shade
-        )
-    return table(["Task", "Score", "Chance", "From chance to perfect"], rows, align="<>><")
+            [name, f"{score:.1%}", f"{low:.1%} to {high:.1%}" if total else "-", f"{chance:.0%}",
+             f"`{bar:\u2591<10}`"]  # light shade
+        )  # fmt: skip
+    return table(["Task", "Score", "95 %", "Chance", "From chance to perfect"], rows, align="<>>><")
 
 
 def _folded(summary: str, body: str) -> str:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -90,6 +90,43 @@ def _seed(step: int, question: int, sample: int) -> int:
 
 
 @dataclass(frozen=True)
+class Surrogate:
+    """The loss on sampled answers. The default is REINFORCE, once per answer; the rest is there to be compared.
+
+    num_updates: optimizer steps on the same answers. clip: how far a token's probability may move from the
+    one it was sampled with before it stops to count [PPO, arXiv 1707.06347]; 0: any distance. kl: weight of the
+    divergence from the reference model [GRPO, arXiv 2402.03300]; 0: no reference model.
+    """
+
+    num_updates: int = 1
+    clip: float = 0.0
+    kl: float = 0.0
+    reference: GPT | None = None
+
+    def __post_init__(self) -> None:
+        assert self.num_updates >= 1 and self.clip >= 0 and self.kl >= 0, self
+        assert (self.kl > 0) == (self.reference is not None), "a reference model belongs to kl > 0"
+
+    def loss(
+        self,
+        log_probs: torch.Tensor,
+        sampled_with: torch.Tensor,
+        reference: torch.Tensor | None,
+        advantages: torch.Tensor,
+    ) -> torch.Tensor:
+        """(B, T) loss per token from log-probabilities (B, T) now, at sampling, and of the reference; (B,)."""
+        # where the two are equal, as in the first update, the gradient is that of log_probs * advantages
+        ratio = (log_probs - sampled_with).exp()
+        gain = ratio * advantages[:, None]
+        if self.clip > 0:
+            gain = torch.minimum(gain, ratio.clamp(1 - self.clip, 1 + self.clip) * advantages[:, None])
+        if reference is None:
+            return -gain
+        away = reference - log_probs  # exp(x) - x - 1 is never negative and unbiased [Schulman 2020]
+        return -gain + self.kl * (away.exp() - away - 1)
+
+
+@dataclass(frozen=True)
 class RLPlan:
     """What the loop needs besides model, optimizer and task."""
 
@@ -102,6 +139,7 @@ class RLPlan:
     save_every: int
     keep_last: int
     run: str = "dummy"
+    surrogate: Surrogate = Surrogate()
 
 
 def train_rl(
@@ -197,8 +235,9 @@ def _step(
     totals = world.sum(torch.tensor(sums, dtype=torch.float64, device=world.device)).tolist()
 
     # With no informative group anywhere the gradient is zero, but Muon's momentum would still move the weights.
-    if totals[0] > 0:
-        _backward(plan, model, tokenizer, informative, totals[0])
+    batches = _batches(plan, model, tokenizer, informative) if totals[0] > 0 else []
+    for _ in range(plan.surrogate.num_updates if totals[0] > 0 else 0):
+        _backward(plan, model, batches, totals[0])
         plan.schedule.apply(optimizer, step)
         optimizer.step()
         model.zero_grad(set_to_none=True)
@@ -210,25 +249,51 @@ def _step(
     }
 
 
-def _backward(
-    plan: RLPlan, model: GPT, tokenizer: RustBPETokenizer, groups: list[Group], num_tokens: float
-) -> None:
-    """Add up the policy gradient of all answers, in micro-batches of answers of similar length."""
+class PolicyBatch(NamedTuple):
+    """A micro-batch of answers. Log-probabilities (B, T), 0 where the model did not choose."""
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    advantages: torch.Tensor
+    sampled_with: torch.Tensor | None  # None: as the model is now
+    reference: torch.Tensor | None
+
+
+def _batches(plan: RLPlan, model: GPT, tokenizer: RustBPETokenizer, groups: list[Group]) -> list[PolicyBatch]:
+    """All answers, those of similar length together."""
     rows = [
         (group.prompt, answer, advantage)
         for group in groups
         for answer, advantage in zip(group.answers, group.advantages, strict=True)
     ]
     rows.sort(key=lambda row: len(row[0]) + len(row[1].tokens))
-    pad, device = tokenizer.encode_special("<|assistant_end|>"), model.get_device()
+    pad, device, surrogate = tokenizer.encode_special("<|assistant_end|>"), model.get_device(), plan.surrogate
+    batches = []
     for start in range(0, len(rows), plan.device_batch_size):
         inputs, targets, weights = policy_batch(rows[start : start + plan.device_batch_size], pad, device)
-        losses = model(inputs, targets, loss_reduction="none").view_as(targets)
-        # the engine samples from these logits, so -loss is the log-probability of each sampled token
-        loss = (losses * weights[:, None]).sum() / num_tokens
+        with torch.no_grad():
+            now = log_probabilities(model, inputs, targets) if surrogate.num_updates > 1 else None
+            reference = surrogate.reference
+            away = None if reference is None else log_probabilities(reference, inputs, targets)
+        batches.append(PolicyBatch(inputs, targets, weights, now, away))
+    return batches
+
+
+def log_probabilities(model: GPT, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(B, T) of the targets, 0 where they are -1. The engine samples from the same logits."""
+    return -model(inputs, targets, loss_reduction="none").view_as(targets)
+
+
+def _backward(plan: RLPlan, model: GPT, batches: list[PolicyBatch], num_tokens: float) -> None:
+    """Add up the policy gradient of all answers."""
+    for batch in batches:
+        now = log_probabilities(model, batch.inputs, batch.targets)
+        sampled_with = now.detach() if batch.sampled_with is None else batch.sampled_with
+        losses = plan.surrogate.loss(now, sampled_with, batch.reference, batch.advantages)
+        loss = (losses * (batch.targets >= 0)).sum() / num_tokens
         assert math.isfinite(loss.item()), "policy loss is not finite"
         loss.backward()
-    if not rows:  # other ranks have gradients; all take part in their sum
+    if not batches:  # other ranks have gradients; all take part in their sum
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
 

@@ -178,13 +178,16 @@ def bits_per_byte(cfg: Config, subject: Subject, split: str, world: World) -> fl
 
 
 def core(cfg: Config, subject: Subject, world: World, results: dict) -> dict[str, float]:
-    """Centred accuracies by task; adds the metric to results and writes the table. Collective."""
+    """Centred accuracies by task; adds the metric to results, writes table and examples. Collective."""
     from nanochat.common import print0
     from nanochat.core_eval import evaluate_core
 
-    outcome = evaluate_core(subject.model, subject.tokenizer, world, cfg.max_per_task)
-    results["CORE metric"] = outcome["core_metric"]
-    print0(f"CORE metric: {outcome['core_metric']:.4f}")
+    examples = subject.record.with_name(f"{subject.record.stem}_core_examples.jsonl")
+    outcome = evaluate_core(subject.model, subject.tokenizer, world, cfg.max_per_task, examples_log=examples)
+    low, high = outcome["core_interval"]
+    results |= {"CORE metric": outcome["core_metric"], "CORE 95% low": low, "CORE 95% high": high}
+    print0(f"CORE metric: {outcome['core_metric']:.4f} (95 % of resampled examples: {low:.4f} to {high:.4f})")
+    print0(f"examples: {examples}")
     if world.is_main:
         path = get_base_dir() / "base_eval" / f"{subject.slug}.csv"
         write_table(path, outcome["results"], outcome["centered_results"], outcome["core_metric"])

@@ -63,7 +63,8 @@ def main(cfg: Config) -> None:
             print0(f"{name}: {value:.4f}")
         if world.is_main:
             save(directory / f"chat_eval_{step:06d}.json", scores, metrics, asdict(options))
-        accuracies = {name: score.accuracy for name, score in scores.items()}
+        accuracies: dict[str, float] = {name: score.accuracy for name, score in scores.items()}
+        accuracies |= {f"{name} problems": score.total for name, score in scores.items()}
         get_report().log(
             section=f"Chat evaluation {cfg.source}",
             data=[as_dict(cfg) | {"model_tag": directory.name, "step": step}, accuracies, metrics],
@@ -103,7 +104,7 @@ def save(path: Path, scores: dict[str, TaskScore], metrics: dict[str, float], op
     tasks = read_json(path)["tasks"] if path.exists() else {}
     for name, score in scores.items():
         tasks[name] = asdict(score) | {
-            "accuracy": score.accuracy, "chance": score.chance, "options": options,
+            "accuracy": score.accuracy, "interval": score.interval, "chance": score.chance, "options": options,
         }  # fmt: skip
     write_json(path, {"tasks": tasks, "metrics": metrics})
 

@@ -5,7 +5,8 @@
 
 For each question the model writes several answers; an answer's advantage is its reward minus the mean of its
 group; the update is REINFORCE on the sampled tokens, normalised by their number over the whole step. It is
-on-policy, so there is no ratio and no clipping, and there is no reference model.
+on-policy, so there is no ratio and no clipping, and there is no reference model. To compare: --num-updates with
+--clip, and --kl, make it PPO-like.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ class Config:
     max_new_tokens: int = option(256, "tokens per answer")
     temperature: float = option(1.0, "of the sampled answers")
     top_k: int = option(50, "of the sampled answers; 0: off")
+    num_updates: int = option(1, "optimizer steps on the same answers")
+    clip: float = option(0.0, "a token's probability ratio counts up to 1 +- this (PPO); 0: off")
+    kl: float = option(0.0, "weight of the divergence from the source model, which is kept in memory; 0: off")
     embedding_lr: float = option(0.2, "learning rate of the embedding tables (AdamW)")
     unembedding_lr: float = option(0.004, "learning rate of the head (AdamW)")
     matrix_lr: float = option(0.02, "learning rate of the matrices (Muon)")
@@ -57,7 +61,7 @@ def main(cfg: Config) -> None:
     from nanochat.checkpoint_manager import Checkpoint, locate
     from nanochat.common import UserError, distributed, print0
     from nanochat.engine import Engine
-    from nanochat.rl import GroupSampler, RLPlan, train_rl
+    from nanochat.rl import GroupSampler, RLPlan, Surrogate, train_rl
     from nanochat.stage import announce, announce_model, output_folder
     from nanochat.trainer import find_resume_point
     from tasks.gsm8k import GSM8K
@@ -68,12 +72,17 @@ def main(cfg: Config) -> None:
             raise UserError(
                 f"--examples-per-step={cfg.examples_per_step} is not a multiple of {world.size} ranks"
             )
+        if cfg.num_updates < 1 or cfg.clip < 0 or cfg.kl < 0:
+            raise UserError("--num-updates must be at least 1, --clip and --kl not negative")
+        if cfg.clip > 0 and cfg.num_updates == 1:
+            raise UserError("--clip changes nothing with --num-updates=1: no probability has moved yet")
         source = Checkpoint.open(*locate(cfg.source, cfg.model_tag, cfg.model_step))
         print0(f"source model: {source.directory} step {source.step}")
         directory = output_folder("rl", source.directory, cfg.output_tag)
         resume_from = find_resume_point(directory, world, cfg.resume)
         model, tokenizer = (resume_from or source).model(world.device, dtype), source.tokenizer()
         announce_model(model)
+        reference = source.model(world.device, dtype).eval().requires_grad_(False) if cfg.kl > 0 else None
 
         train_task, test_task = GSM8K("main", "train"), GSM8K("main", "test")
         num_steps = cfg.num_iterations
@@ -103,6 +112,7 @@ def main(cfg: Config) -> None:
             eval_every=cfg.eval_every,
             save_every=cfg.save_every,
             keep_last=cfg.keep_last,
+            surrogate=Surrogate(cfg.num_updates, cfg.clip, cfg.kl, reference),
         )
         sampler = GroupSampler(
             engine, tokenizer, cfg.num_samples, cfg.max_new_tokens, cfg.temperature, cfg.top_k

@@ -141,8 +141,8 @@ def check_disk(needed: int, free: int, base: Path) -> str:
 
 def closing(base: Path) -> str:
     """What the run achieved, and how to talk to the model."""
-    from nanochat.report import shown_stages
     from nanochat.report_render import format_seconds, summary_table
+    from nanochat.report_scores import shown_stages
 
     path = base / "report" / "report.json"
     lines = [""]

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 import torch
 
 from nanochat.common import UserError, World, print0
-from nanochat.core_eval import centered, padded_length
+from nanochat.confidence import Interval, wilson
+from nanochat.core_eval import centered
+from nanochat.core_scoring import padded_length
 from nanochat.engine import Engine, SamplingParams
 from nanochat.report_render import CHANCE
 from nanochat.tokenizer_base import Tokenizer
@@ -67,6 +69,11 @@ class TaskScore:
         return self.passed / self.total if self.total else 0.0
 
     @property
+    def interval(self) -> Interval:
+        """What the accuracy may be on other problems of the kind, 95 times out of 100."""
+        return wilson(self.passed, self.total)
+
+    @property
     def chance(self) -> float:
         """Accuracy of guessing."""
         return CHANCE[self.name]
@@ -108,7 +115,8 @@ def run_chat_eval(
         score = scores[name] = evaluate_task(name, make_task(name), engine, world, options)
         cut = f", {score.num_cut} prompts cut" if score.num_cut else ""
         print0(
-            f"{name}: {score.accuracy:.2%} ({score.passed}/{score.total}, chance {score.chance:.0%}{cut}) "
+            f"{name}: {score.accuracy:.2%} ({score.passed}/{score.total}, 95 % interval "
+            f"{score.interval.low:.1%} to {score.interval.high:.1%}, chance {score.chance:.0%}{cut}) "
             f"in {score.seconds:.1f} s"
         )
     return scores

@@ -1,4 +1,7 @@
-"""Conversations of your own, one JSON array of messages per line; with it the model learns who it is."""
+"""Conversations of your own, one per line; with it the model learns who it is.
+
+A line is a JSON array of messages, or an object that holds it as `messages`, beside whatever else it likes.
+"""
 
 from __future__ import annotations
 
@@ -55,6 +58,8 @@ def _parse(line: str, where: str) -> list[Message]:
         messages = json.loads(line)
     except ValueError as error:
         raise RowError(f"{where}: not valid JSON: {error}") from None
+    if isinstance(messages, dict) and "messages" in messages:
+        messages = messages["messages"]
     if not isinstance(messages, list):
         raise RowError(f"{where}: a line must be a list of messages, not {type(messages).__name__}")
     check_dialogue(messages, where)

@@ -232,7 +232,9 @@ def test_chat_eval_scores_all_tasks_of_the_embedded_source(run_here, capsys):
     assert list(record["tasks"]) == list(ALL_TASKS)
     assert all(task["total"] == 3 for task in record["tasks"].values())
     section = json.loads((run_here / "report" / "chat-evaluation-sft.json").read_text())
-    assert section["items"][1] == {name: task["accuracy"] for name, task in record["tasks"].items()}
+    accuracies = {name: task["accuracy"] for name, task in record["tasks"].items()}
+    problems = {f"{name} problems": task["total"] for name, task in record["tasks"].items()}
+    assert section["items"][1] == accuracies | problems
     only = script.Config(source="sft", task_name="MMLU", max_problems=5, device_type="cpu")
     script.main(only)
     record = json.loads(path.read_text())

@@ -11,16 +11,15 @@ from nanochat import core_bundle, core_eval
 from nanochat.common import UserError
 from nanochat.core_bundle import CoreTask, bundle_dir, load_items, load_tasks
 from nanochat.core_eval import (
-    Scored,
     centered,
     evaluate_core,
     evaluate_task,
     fewshot_indices,
     render_prompts,
-    score_sequences,
     scored_ranges,
     truncated,
 )
+from nanochat.core_scoring import Scored
 from nanochat.gpt import GPT, GPTConfig
 from tests.toy_data import ByteTokenizer, make_world
 
@@ -96,8 +95,8 @@ def bundle(tmp_path) -> Path:
 # --- a slow, direct reference ------------------------------------------------------------------------
 
 
-def _reference_is_correct(model, tokenizer, items: list[dict], index: int, task: CoreTask) -> bool:
-    """One example at a time, one sequence at a time, as the specification says it."""
+def _reference(model, tokenizer, items: list[dict], index: int, task: CoreTask) -> tuple[bool, list[float]]:
+    """One example at a time, one sequence at a time, as the specification says it: right or not, and losses."""
     others = [i for i in range(len(items)) if i != index]
     shots = [items[i] for i in random.Random(1234 + index).sample(others, task.num_fewshot)]
     item, d = items[index], task.delimiter
@@ -119,8 +118,10 @@ def _reference_is_correct(model, tokenizer, items: list[dict], index: int, task:
 
     if task.kind == "language_modeling":
         start, tokens = len(sequences[0]), sequences[1]
-        predicted = log_probabilities(tokens).argmax(dim=-1).tolist()
-        return all(predicted[t - 1] == tokens[t] for t in range(start, len(tokens)))
+        table = log_probabilities(tokens)
+        predicted = table.argmax(dim=-1).tolist()
+        nats = [-table[t - 1, tokens[t]].item() for t in range(start, len(tokens))]
+        return all(predicted[t - 1] == tokens[t] for t in range(start, len(tokens))), [sum(nats) / len(nats)]
     losses = []
     for tokens in sequences:
         if task.kind == "multiple_choice":
@@ -135,50 +136,42 @@ def _reference_is_correct(model, tokenizer, items: list[dict], index: int, task:
         table = log_probabilities(tokens)
         nats = [-table[t - 1, tokens[t]].item() for t in range(start, len(tokens))]
         losses.append(sum(nats) / len(nats))
-    return losses.index(min(losses)) == item["gold"]
+    return losses.index(min(losses)) == item["gold"], losses
 
 
 def test_batched_evaluation_equals_one_example_at_a_time(model, bundle):
-    tokenizer = Tokenizer()
+    tokenizer, centred = Tokenizer(), []
     any_correct = any_wrong = False
     for task in load_tasks(bundle):
         items = load_items(task)
         outcome = evaluate_task(model, tokenizer, items, task, make_world())
-        expected = [_reference_is_correct(model, tokenizer, items, i, task) for i in range(len(items))]
-        assert outcome.correct == expected, task.label
-        assert outcome.accuracy == pytest.approx(sum(expected) / len(expected))
-        any_correct |= any(expected)
-        any_wrong |= not all(expected)
+        expected = [_reference(model, tokenizer, items, i, task) for i in range(len(items))]
+        right = [is_right for is_right, _ in expected]
+        assert outcome.correct == right, task.label
+        for found, (_, losses) in zip(outcome.losses, expected, strict=True):
+            assert found == pytest.approx(losses, abs=1e-5), task.label  # fp32 against doubles
+        centred.append((sum(right) / len(right) - task.baseline) / (1 - task.baseline))
+        any_correct |= any(right)
+        any_wrong |= not all(right)
     assert any_correct and any_wrong, "the examples cannot tell right from wrong"
+    metric = evaluate_core(model, tokenizer, make_world(), bundle=bundle)["core_metric"]
+    assert metric == pytest.approx(sum(centred) / len(centred), abs=1e-6)
 
 
-def test_losses_are_those_of_single_sequences(model):
-    rng = random.Random(0)
-    sequences = []
-    for _ in range(40):
-        tokens = [0, *(rng.randrange(1, 257) for _ in range(rng.randint(1, 90)))]
-        start = rng.randint(1, len(tokens) - 1)
-        sequences.append(Scored(tokens, start, rng.randint(start + 1, len(tokens))))
-    batched = score_sequences(model, sequences, 0, 257, torch.device("cpu"))
-    for scored, found in zip(sequences, batched, strict=True):
-        (single,) = score_sequences(model, [scored], 0, 257, torch.device("cpu"))
-        assert found.loss == pytest.approx(single.loss, abs=1e-5)
-        assert found.is_greedy == single.is_greedy
-
-
-def test_batches_stay_within_the_memory_budget(model, monkeypatch):
-    shapes = []
-
-    def recording(idx):
-        shapes.append(tuple(idx.shape))
-        return model(idx)
-
-    monkeypatch.setitem(core_eval.LOGIT_BYTES, "cpu", 4 * 257 * 300)
-    sequences = [Scored([1] * length, 1, length) for length in range(2, 100)]
-    score_sequences(recording, sequences, 0, 257, torch.device("cpu"))
-    assert sum(rows for rows, _ in shapes) == len(sequences)
-    assert all(rows * width <= 300 for rows, width in shapes)
-    assert shapes[0][1] == max(width for _, width in shapes), "the longest comes first"
+def test_one_example_is_one_line_of_the_log_and_intervals_hold_the_score(model, bundle, tmp_path):
+    log = tmp_path / "examples.jsonl"
+    outcome = evaluate_core(model, Tokenizer(), make_world(), bundle=bundle, examples_log=log)
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    assert len(lines) == sum(len(o.correct) for o in outcome["outcomes"].values())
+    for label, accuracy in outcome["results"].items():
+        own = [line for line in lines if line["task"] == label]
+        assert sum(line["correct"] for line in own) / len(own) == pytest.approx(accuracy)
+        low, high = outcome["intervals"][label]
+        assert 0 <= low <= accuracy <= high <= 1
+    chosen = [line for line in lines if "chosen" in line]
+    assert chosen and all(line["correct"] == (line["chosen"] == line["gold"]) for line in chosen)
+    low, high = outcome["core_interval"]
+    assert low < outcome["core_metric"] < high
 
 
 # --- order, prompts, ranges --------------------------------------------------------------------------
@@ -303,7 +296,7 @@ def test_ranks_cover_the_examples_between_them(model, bundle, monkeypatch):
     for rank in range(3):
         evaluate_task(model, Tokenizer(), items, task, make_world(rank, 3))
     whole = evaluate_task(model, Tokenizer(), items, task, make_world())
-    assert [bool(value) for value in sum(parts[:3])[:-2]] == whole.correct
+    assert [bool(row[0]) for row in sum(parts[0:6:2])] == whole.correct  # every second sum is of the counts
 
 
 # --- the bundle --------------------------------------------------------------------------------------
@@ -364,5 +357,5 @@ def test_the_real_bundle_gives_the_reference_results(model):
         if task.label in ("hellaswag_zeroshot", "winograd", "bigbench_operators", "copa"):
             items = load_items(task, 12)
             outcome = evaluate_task(model, tokenizer, items, task, make_world(), context=100_000)
-            expected = [_reference_is_correct(model, tokenizer, items, i, task) for i in range(12)]
+            expected = [_reference(model, tokenizer, items, i, task)[0] for i in range(12)]
             assert outcome.correct == expected, task.label

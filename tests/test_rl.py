@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nanochat.common import UserError
 from nanochat.engine import Completion
 from nanochat.metrics import read_metrics
-from nanochat.rl import Group, policy_batch
+from nanochat.rl import Group, Surrogate, log_probabilities, policy_batch
 from tests.toy_model import random_model
 from tests.training import run_here, weights
 
@@ -46,6 +47,55 @@ def test_gradient_is_the_analytic_policy_gradient():
     torch.testing.assert_close(ours, model.lm_head.weight.grad, atol=1e-6, rtol=1e-4)
 
 
+def test_the_loss_of_the_first_update_has_the_gradient_of_reinforce():
+    model = random_model("modern")
+    rows = [([1, 2], completion([3, 4], [1, 1]), 0.75), ([1, 2], completion([5], [1]), -0.25)]
+    inputs, targets, advantages = policy_batch(rows, pad=0, device=torch.device("cpu"))
+    found = []
+    for surrogate in (None, Surrogate(), Surrogate(3, clip=0.2), Surrogate(kl=0.5, reference=model)):
+        now = log_probabilities(model, inputs, targets)
+        reference = now.detach() if surrogate and surrogate.kl else None
+        losses = (
+            surrogate.loss(now, now.detach(), reference, advantages)
+            if surrogate
+            else -now * advantages[:, None]
+        )
+        (losses * (targets >= 0)).sum().backward()
+        found.append(model.lm_head.weight.grad.clone())
+        model.zero_grad()
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other, atol=1e-6, rtol=1e-5)
+
+
+def test_a_token_that_moved_far_enough_stops_to_count():
+    now = torch.tensor([[0.5, 0.1, -0.5], [0.5, 0.1, -0.5]], requires_grad=True)
+    advantages = torch.tensor([1.0, -1.0])
+    Surrogate(2, clip=0.2).loss(now, torch.zeros(2, 3), None, advantages).sum().backward()
+    # up is no longer rewarded beyond 1.2, down no longer beyond 0.8; ways back always count
+    assert now.grad is not None
+    assert (now.grad == 0).tolist() == [[True, False, False], [False, False, True]]
+    ratio = now.detach().exp()
+    torch.testing.assert_close(now.grad[0, 1:], -ratio[0, 1:])
+
+
+def test_the_divergence_is_estimated_without_bias_and_pulls_back():
+    torch.manual_seed(0)
+    ours, theirs = torch.randn(5).log_softmax(0), torch.randn(5).log_softmax(0)
+    drawn = torch.multinomial(ours.exp(), 200_000, replacement=True)
+    nothing = torch.zeros(1)
+    estimate = Surrogate(kl=1.0, reference=random_model("classic")).loss(
+        ours[drawn][None], ours[drawn][None], theirs[drawn][None], nothing
+    )
+    assert estimate.min() >= 0
+    assert estimate.mean().item() == pytest.approx((ours.exp() * (ours - theirs)).sum().item(), rel=0.02)
+    now = torch.tensor([[-1.0]], requires_grad=True)
+    loss = Surrogate(kl=1.0, reference=random_model("classic")).loss(
+        now, now.detach(), torch.tensor([[-2.0]]), nothing
+    )
+    loss.sum().backward()
+    assert now.grad is not None and now.grad.item() > 0, "more likely than under the reference: down with it"
+
+
 def test_advantages_are_relative_to_the_group():
     group = Group([1], [completion([2], [1])] * 4, [1.0, 0.0, 0.0, 1.0])
     assert group.advantages == [0.5, -0.5, -0.5, 0.5] and group.is_informative
@@ -62,3 +112,17 @@ def test_equal_rewards_leave_the_weights_alone(tiny_run):
     assert all(torch.equal(before[name], after[name]) for name in before)
     events = read_metrics(tiny_run / "chatrl_checkpoints" / "t" / "metrics.jsonl")
     assert [e["informative_groups"] for e in events] == [0.0, 0.0]
+
+
+def test_several_clipped_updates_with_a_reference_run_and_change_the_weights(tiny_run, monkeypatch):
+    """Whether the answer has an even number of characters: an untrained model is right about half of the time."""
+    from tasks.gsm8k import GSM8K
+
+    monkeypatch.setattr(GSM8K, "reward", lambda self, conversation, text: float(len(text) % 2 == 0))
+    run_here("base_train", num_iterations=1, eval_every=-1)
+    run_here("mid_train", num_iterations=1, eval_every=-1)
+    run_here("chat_rl", source="mid", eval_every=-1, num_updates=2, clip=0.2, kl=0.1)
+    before, after = (weights(tiny_run / f"{stage}_checkpoints" / "t") for stage in ("mid", "chatrl"))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(UserError, match="changes nothing with --num-updates=1"):
+        run_here("chat_rl", source="mid", clip=0.2)

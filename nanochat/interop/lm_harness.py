@@ -17,7 +17,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from nanochat.common import UserError, print0
-from nanochat.core_eval import Scored, score_sequences, truncated
+from nanochat.core_eval import truncated
+from nanochat.core_scoring import Scored, score_sequences
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT
 from nanochat.interop.hf_tokenizer import BOS, END_OF_ANSWER

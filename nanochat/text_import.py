@@ -1,0 +1,269 @@
+"""Your own text as shards to pretrain on: parquet, JSON lines or text files become a shuffled data set.
+
+    python -m nanochat.text_import --name=mine --files=notes/,articles.jsonl.gz
+    NANOCHAT_DATASET=mine python -m scripts.base_train
+
+Documents are dealt to buckets on disk at random and every bucket is shuffled in memory, so the text may be far
+larger than memory: a bucket holds one shard, or a 512th of very large sets. The last shard is for validation.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from nanochat.common import UserError, write_json
+from nanochat.configurator import option, run
+from nanochat.dataset import HUB_SHARDS, imported_dir, open_shard
+
+JSON_LINES, PLAIN_TEXT, PACKED = (".jsonl", ".ndjson", ".json"), (".txt", ".md"), (".gz", ".zst")
+MAX_BUCKETS = 512  # open files at a time; systems allow 1,024
+ROWS_PER_GROUP = 1024
+TEXT_CHARS = 100_000  # of one document of a text file; longer files are cut at line ends
+PACKED_FACTOR = 4  # how much larger text is than gzip or zstd make it, roughly
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = option(..., "name of the new data set, for NANOCHAT_DATASET")
+    files: str = option(
+        ..., "files and folders, separated by commas: .parquet, .jsonl, .txt, .md, also .gz and .zst"
+    )
+    text_field: str = option("text", "column or key that holds the text")
+    chars_per_shard: int = option(250_000_000, "characters of a shard")
+    val_share: float = option(0.01, "part of the documents for validation, at most one shard")
+    seed: int = option(0, "of the shuffling")
+
+
+def main(cfg: Config) -> None:
+    """Import text as a data set to pretrain on."""
+    if not cfg.name.replace("-", "").replace("_", "").isalnum() or cfg.name in HUB_SHARDS:
+        raise UserError(f"--name={cfg.name!r} must be new, of letters, digits, - and _")
+    if cfg.chars_per_shard < 1 or not 0 < cfg.val_share < 1:
+        raise UserError("--chars-per-shard must be positive and --val-share between 0 and 1")
+    folder = imported_dir(cfg.name)
+    if folder.exists():
+        raise UserError(f"{folder} exists already; delete it or choose another --name")
+    paths = find_files([part.strip() for part in cfg.files.split(",") if part.strip()])
+    num_bytes = sum(_unpacked_bytes(path) for path in paths)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _check_space(folder.parent, num_bytes)
+    print(f"{len(paths):,} files, about {num_bytes / 1e6:,.1f} MB of text, into {folder}", flush=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{cfg.name}.") as scratch:
+        documents = (text for path in paths for text in read_documents(path, cfg.text_field))
+        made = Path(scratch) / "shards"
+        made.mkdir()
+        facts = write_shards(documents, made, num_bytes, cfg.chars_per_shard, cfg.val_share, cfg.seed)
+        sources = [str(path) for path in paths]
+        write_json(
+            made / "manifest.json", {"name": cfg.name, "seed": cfg.seed, "sources": sources, "files": facts}
+        )
+        os.replace(made, folder)
+    total = sum(fact["documents"] for fact in facts)
+    print(
+        f"{total:,} documents in {len(facts)} shards, the last for validation; to use: NANOCHAT_DATASET={cfg.name}"
+    )
+
+
+# --- reading -----------------------------------------------------------------------------------------
+
+
+def find_files(names: Sequence[str]) -> list[Path]:
+    """The files themselves, and all readable ones below the folders, by name. UserError if there are none."""
+    found: list[Path] = []
+    for name in names:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            found += sorted(file for file in path.rglob("*") if file.is_file() and _kind(file))
+        elif not path.is_file():
+            raise UserError(f"--files: {path} does not exist")
+        elif not _kind(path):
+            known = ", ".join((".parquet", *JSON_LINES, *PLAIN_TEXT))
+            raise UserError(f"--files: {path} is none of {known}, nor these with {' or '.join(PACKED)}")
+        else:
+            found.append(path)
+    if not found:
+        raise UserError(f"--files: nothing to read in {', '.join(names) or 'no file'}")
+    return found
+
+
+def read_documents(path: Path, text_field: str) -> Iterator[str]:
+    """The documents of a file, one at a time, without empty ones. UserError with file and line for broken ones."""
+    kind = _kind(path)
+    if kind == ".parquet":
+        documents = _read_parquet(path, text_field)
+    elif kind in JSON_LINES:
+        documents = _read_json_lines(path, text_field)
+    else:
+        documents = _read_text(path)
+    return (text for text in documents if text.strip())
+
+
+def _kind(path: Path) -> str:
+    """The ending without the packing; empty if it is not one that can be read."""
+    name = path.with_suffix("") if path.suffix in PACKED else path
+    is_packed_parquet = name is not path and name.suffix == ".parquet"
+    return (
+        name.suffix if name.suffix in (".parquet", *JSON_LINES, *PLAIN_TEXT) and not is_packed_parquet else ""
+    )
+
+
+def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
+    with open_shard(path, text_field) as file:
+        for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=[text_field]):
+            for row, text in enumerate(batch.column(0).to_pylist()):
+                if text is not None and not isinstance(text, str):
+                    raise UserError(f"{path}: {text_field} of row {row} is a {type(text).__name__}, not text")
+                yield text or ""
+
+
+def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: not valid JSON: {error}") from None
+        if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
+            what = f"keys {', '.join(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
+            raise UserError(f"{path}:{number}: no text under {text_field!r}, but {what}; see --text-field")
+        yield record[text_field]
+
+
+def _read_text(path: Path) -> Iterator[str]:
+    """The whole file, or pieces of it that end with a line."""
+    lines = _lines(path)
+    while True:
+        piece, size = [], 0
+        for line in lines:
+            piece.append(line)
+            size += len(line)
+            if size >= TEXT_CHARS:
+                break
+        if not piece:
+            return
+        yield "".join(piece)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines of a file that may be packed, a chunk at a time. Text that is not UTF-8 is a UserError."""
+    import pyarrow as pa
+
+    number = 0
+    try:
+        packing = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+        with pa.input_stream(str(path), compression=packing, buffer_size=1 << 20) as stream:
+            for line in io.TextIOWrapper(stream, encoding="utf-8", newline=""):
+                number += 1
+                yield line
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 after line {number}: {error.reason}") from None
+    except (OSError, EOFError) as error:
+        raise UserError(f"{path}: damaged after line {number}: {error}") from None
+
+
+# --- writing -----------------------------------------------------------------------------------------
+
+
+def write_shards(
+    documents: Iterator[str],
+    folder: Path,
+    num_bytes: int,
+    chars_per_shard: int,
+    val_share: float = 0.01,
+    seed: int = 0,
+) -> list[dict]:
+    """Write shuffled shards into an empty folder; returns name, documents, characters, bytes, sha256 of each.
+
+    num_bytes: about how much text there is; it decides on the number of buckets. UserError for fewer than two
+    documents.
+    """
+    rng, num_buckets = random.Random(seed), min(max(1, -(-num_bytes // chars_per_shard)), MAX_BUCKETS)
+    held_out: list[str] = []  # for validation
+    with TemporaryDirectory(dir=folder.parent, prefix=".buckets.") as scratch, ExitStack() as stack:
+        paths = [Path(scratch) / str(bucket) for bucket in range(num_buckets)]
+        buckets = [stack.enter_context(open(path, "wb")) for path in paths]
+        num_documents = num_held_out_chars = 0
+        for num_documents, text in enumerate(documents, start=1):  # noqa: B007
+            # the first document is held out, so that there is always one
+            data = text.encode("utf-8", errors="replace")  # JSON may hold halves of surrogate pairs
+            if (rng.random() < val_share or not held_out) and num_held_out_chars < chars_per_shard:
+                held_out.append(data.decode())
+                num_held_out_chars += len(text)
+            else:
+                rng.choice(buckets).write(len(data).to_bytes(8, "little") + data)
+        if num_documents < 2:
+            raise UserError(f"{num_documents} documents: training needs one and validation another")
+        stack.close()
+        names = _names()
+        facts = []
+        for path in paths:
+            texts = list(_take(path))
+            path.unlink()  # the space is needed for the shards
+            rng.shuffle(texts)
+            facts += [_write(folder / next(names), part) for part in _parts(texts, chars_per_shard)]
+        rng.shuffle(held_out)
+        return [*facts, _write(folder / next(names), held_out)]
+
+
+def _take(path: Path) -> Iterator[str]:
+    with open(path, "rb") as file:
+        while size := file.read(8):
+            yield file.read(int.from_bytes(size, "little")).decode()
+
+
+def _names() -> Iterator[str]:
+    return (f"shard_{number:05d}.parquet" for number in count())
+
+
+def _parts(texts: Sequence[str], chars: int) -> Iterator[list[str]]:
+    """Runs of texts of nearly equal size, as many as come nearest to so many characters each; none for no text."""
+    total = sum(map(len, texts))
+    num_parts, part, done = max(1, round(total / chars)), [], 0
+    for text in texts:
+        part.append(text)
+        before, done = done, done + len(text)
+        if before * num_parts // total < done * num_parts // total:  # a border lies in this text
+            yield part
+            part = []
+
+
+def _write(path: Path, texts: list[str]) -> dict:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"text": pa.array(texts, pa.large_string())})
+    pq.write_table(table, path, row_group_size=ROWS_PER_GROUP, compression="zstd", use_dictionary=False)
+    return {
+        "name": path.name, "documents": len(texts), "characters": sum(map(len, texts)),
+        "bytes": path.stat().st_size, "sha256": sha256(path.read_bytes()).hexdigest(),
+    }  # fmt: skip
+
+
+def _unpacked_bytes(path: Path) -> int:
+    factor = PACKED_FACTOR if path.suffix in (*PACKED, ".parquet") else 1
+    return path.stat().st_size * factor
+
+
+def _check_space(folder: Path, num_bytes: int) -> None:
+    """Buckets hold the text once; shards, which are packed, replace them one by one."""
+    free = shutil.disk_usage(folder).free
+    if free < 1.3 * num_bytes:
+        raise UserError(
+            f"{folder} has {free / 1e9:.1f} GB free, but the text needs about {1.3 * num_bytes / 1e9:.1f} GB"
+        )
+
+
+if __name__ == "__main__":
+    run(Config, main)
