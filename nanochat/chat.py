@@ -1,14 +1,13 @@
-"""A conversation with a model: what has been said, the settings, and how the next answer comes about."""
+"""A conversation with a model in this process: how the next answer comes about."""
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from nanochat.common import UserError
+from nanochat.dialogue import Dialogue, Notice, Reply, Show
 from nanochat.engine import Engine
 from nanochat.serve.errors import ApiError
 from nanochat.serve.parts import PartsDecoder
@@ -16,48 +15,12 @@ from nanochat.serve.prompt import Prompt, build_prompt
 from nanochat.tokenizer import RustBPETokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """An answer and how it came about; times in seconds."""
-
-    parts: list[dict[str, str]]
-    text: str
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
-    first_token_s: float
-    total_s: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        """After the first token."""
-        return max(self.completion_tokens - 1, 0) / max(self.total_s - self.first_token_s, 1e-9)
-
-    def summary(self, context: int) -> str:
-        """One line about speed and context use."""
-        used = self.prompt_tokens + self.completion_tokens
-        return (
-            f"{self.completion_tokens} tokens, first after {1000 * self.first_token_s:.0f} ms,"
-            f" then {self.tokens_per_second:.1f} tokens/s; context {used}/{context}; {self.finish_reason}"
-        )
-
-
 @dataclass
-class Chat:
-    """A conversation with a model, and the settings that can be changed during it."""
+class Chat(Dialogue):
+    """A conversation with a model in this process."""
 
     engine: Engine
     tokenizer: RustBPETokenizer
-    temperature: float = 0.6
-    top_k: int = 50
-    top_p: float = 1.0
-    max_tokens: int = 512
-    seed: int | None = None
-    system: str = ""
-    raw: bool = False
-    messages: list[dict[str, Any]] = field(default_factory=list)
-    num_replies: int = 0
-    last_seed: int = 0
 
     @property
     def context(self) -> int:
@@ -73,19 +36,10 @@ class Chat:
         except ApiError as error:
             raise UserError(error.message) from None
 
-    def answer(self, question: str, show: Callable[[str, str], None], notice: Callable[[str], None]) -> Reply:
-        """Generate the answer to a question and keep both; Ctrl-C keeps what there is. Raises UserError."""
-        self.messages.append({"role": "user", "content": question})
-        try:
-            reply = self._generate(show, notice)
-        except BaseException:
-            self.messages.pop()
-            raise
-        has_tools = any(part["type"] != "text" for part in reply.parts)
-        self.messages.append({"role": "assistant", "content": reply.parts if has_tools else reply.text})
-        return reply
+    def used_tokens(self) -> int:
+        return len(self.prompt().tokens) if self.messages else 0
 
-    def _generate(self, show: Callable[[str, str], None], notice: Callable[[str], None]) -> Reply:
+    def _generate(self, show: Show, notice: Notice) -> Reply:
         prompt = self.prompt()
         if prompt.truncated_messages:
             notice(
@@ -112,18 +66,7 @@ class Chat:
 
     def _tokens(self, prompt: list[int], max_tokens: int) -> Iterator[tuple[int, bool]]:
         """Generated ids, and whether each is the one that ends the answer."""
-        # A fixed seed gives a repeatable conversation, yet another answer on /retry.
-        self.last_seed = secrets.randbits(31) if self.seed is None else self.seed + self.num_replies
-        self.num_replies += 1
         terminals = self.engine.toolbox.terminals
         options = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        for column, _ in self.engine.generate(prompt, 1, max_tokens, seed=self.last_seed, **options):
+        for column, _ in self.engine.generate(prompt, 1, max_tokens, seed=self._next_seed(), **options):
             yield column[0], column[0] in terminals
-
-    def undo(self) -> str | None:
-        """Take back the last question and its answer; the question, or None if there is none."""
-        while self.messages:
-            message = self.messages.pop()
-            if message["role"] == "user":
-                return message["content"]
-        return None

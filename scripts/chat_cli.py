@@ -3,6 +3,7 @@
 python -m scripts.chat_cli                          a conversation; /help lists the commands
 python -m scripts.chat_cli -p "What is 27 + 58?"    one answer on stdout, everything else on stderr
 echo "Tell me a story" | python -m scripts.chat_cli
+python -m scripts.chat_cli --url http://127.0.0.1:8000   the same with the model of a running server
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from nanochat.common import UserError, autodetect_device_type, check_device, read_json, write_json
 from nanochat.configurator import option, run
+from nanochat.dialogue import printable
 
 if TYPE_CHECKING:
-    from nanochat.chat import Chat, Reply
+    from nanochat.dialogue import Dialogue, Reply
 
 HELP = """\
 /clear               forget the conversation          /retry   answer the last question again
@@ -49,7 +51,19 @@ class Config:
     raw: bool = option(False, "show special tokens as text")
     json: bool = option(False, "with a prompt: one JSON object instead of text")
     stats: bool = option(False, "speed and context use after each answer, on stderr")
+    markdown: bool = option(True, "on a terminal, show Markdown formatted while it is written")
+    history: str = option("", "file that keeps the lines you typed; default: they are forgotten at the end")
+    url: str = option("", "ask the server there instead of loading a model, such as http://127.0.0.1:8000")
+    api_key: str = option("", "key for --url (or NANOCHAT_API_KEYS)")
     device_type: str = option("", "cuda, mps or cpu; default: the best there is")
+
+
+class Display(Protocol):
+    """What shows an answer piece by piece."""
+
+    def begin(self) -> None: ...
+    def show(self, kind: str, text: str) -> None: ...
+    def end(self) -> None: ...
 
 
 @dataclass
@@ -61,6 +75,15 @@ class Screen:
     color: bool
     _call: str | None = None
 
+    def begin(self) -> None:
+        """Before an answer of a conversation."""
+        print("Assistant: ", end="", file=self.text, flush=True)
+
+    def end(self) -> None:
+        """After it."""
+        self.flush()
+        print("\n", file=self.text, flush=True)
+
     def show(self, kind: str, text: str) -> None:
         """Write a piece of an answer; a call waits for its result, so that both are one bracket."""
         if kind == "python":
@@ -71,7 +94,8 @@ class Screen:
             self._dim(f"[{call} = {text}]" if call is not None else f"[{text}]")
         else:
             self.flush()
-            print(text, end="", file=self.text, flush=True)
+            shown = printable(text) if self.text.isatty() else text
+            print(shown, end="", file=self.text, flush=True)
 
     def flush(self) -> None:
         """Write a call that has got no result."""
@@ -91,9 +115,9 @@ class Screen:
 class Terminal:
     """The interactive loop: read a line, obey a command or answer."""
 
-    chat: Chat
+    chat: Dialogue
     read: Callable[[str], str]
-    screen: Screen
+    screen: Display
     stats: bool = False
 
     def loop(self) -> None:
@@ -146,12 +170,11 @@ class Terminal:
             self._answer(line)
 
     def _answer(self, question: str) -> None:
-        print("Assistant: ", end="", file=self.screen.text, flush=True)
+        self.screen.begin()
         try:
             reply = self.chat.answer(question, self.screen.show, self._say)
         finally:
-            self.screen.flush()
-            print("\n", file=self.screen.text, flush=True)
+            self.screen.end()
         if self.stats:
             self._say(reply.summary(self.chat.context))
 
@@ -178,8 +201,7 @@ class Terminal:
             chat.system, chat.messages = _read_conversation(_file(argument))
             self._say(f"loaded {len(chat.messages)} messages from {argument}")
         elif name == "tokens":
-            used = len(chat.prompt().tokens) if chat.messages else 0
-            self._say(f"{used} of {chat.context} tokens")
+            self._say(f"{chat.used_tokens()} of {chat.context} tokens")
         elif name == "stats":
             self.stats = not self.stats
             self._say(f"stats are {'on' if self.stats else 'off'}")
@@ -234,21 +256,22 @@ def _check_settings(
             raise UserError(text)
 
 
-def _reader() -> Callable[[str], str]:
+def _reader(history: str) -> Callable[[str], str]:
     """Line input with editing and history where there is a terminal and the library, else input()."""
     if sys.stdin.isatty() and sys.stdout.isatty():
         try:
             from prompt_toolkit import PromptSession
+            from prompt_toolkit.history import FileHistory, InMemoryHistory
         except ImportError:
             return input
-        return PromptSession().prompt
+        return PromptSession(history=FileHistory(history) if history else InMemoryHistory()).prompt
     return input
 
 
 # --- one answer --------------------------------------------------------------------------------------
 
 
-def answer_once(chat: Chat, question: str, screen: Screen, as_json: bool, stats: bool) -> int:
+def answer_once(chat: Dialogue, question: str, screen: Screen, as_json: bool, stats: bool) -> int:
     """Answer one question: text on the screen or one JSON object on stdout. Returns the exit status."""
 
     def notice(text: str) -> None:
@@ -265,7 +288,7 @@ def answer_once(chat: Chat, question: str, screen: Screen, as_json: bool, stats:
     return 130 if reply.finish_reason == "cancelled" else 0
 
 
-def _as_json(reply: Reply, chat: Chat) -> dict:
+def _as_json(reply: Reply, chat: Dialogue) -> dict:
     return {
         "response": reply.text,
         "finish_reason": reply.finish_reason,
@@ -283,7 +306,31 @@ def _as_json(reply: Reply, chat: Chat) -> dict:
     }
 
 
-def _load(cfg: Config) -> Chat:
+def _connect(cfg: Config) -> Dialogue:
+    from nanochat.remote_chat import RemoteChat
+
+    given = {
+        "source": cfg.source,
+        "model_tag": cfg.model_tag,
+        "step": cfg.step,
+        "device_type": cfg.device_type,
+        "raw": cfg.raw,
+    }
+    for name, value in given.items():
+        if value:
+            raise UserError(f"--url asks the server as it is: leave out --{name.replace('_', '-')}")
+    key = cfg.api_key or os.environ.get("NANOCHAT_API_KEYS", "").partition(",")[0].strip()
+    chat = RemoteChat(cfg.url, key, **_settings(cfg))
+    print(f"model: {chat.config['model']} step {chat.config['step']} at {chat.url}", file=sys.stderr)
+    return chat
+
+
+def _settings(cfg: Config) -> dict[str, Any]:
+    names = ("temperature", "top_k", "top_p", "max_tokens", "seed", "system", "raw")
+    return {name: getattr(cfg, name) for name in names}
+
+
+def _load(cfg: Config) -> Dialogue:
     from nanochat.chat import Chat
     from nanochat.checkpoint_manager import latest_stage, load_model
     from nanochat.engine import Engine
@@ -293,10 +340,7 @@ def _load(cfg: Config) -> Chat:
     model, tokenizer, meta = load_model(source, device, "eval", model_tag=cfg.model_tag, step=cfg.step)
     where = f"{source} {meta.get('model_tag', '')} step {meta.get('step', '?')}"
     print(f"model: {' '.join(where.split())} on {device}", file=sys.stderr)
-    return Chat(
-        Engine(model, tokenizer), tokenizer, cfg.temperature, cfg.top_k, cfg.top_p, cfg.max_tokens, cfg.seed, cfg.system,
-        cfg.raw,
-    )  # fmt: skip
+    return Chat(Engine(model, tokenizer), tokenizer, **_settings(cfg))
 
 
 def main(cfg: Config) -> None:
@@ -312,13 +356,23 @@ def main(cfg: Config) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not end the answer
-    chat = _load(cfg)
+    chat = _connect(cfg) if cfg.url else _load(cfg)
     color = cfg.color and "NO_COLOR" not in os.environ
     if question:
         screen = Screen(sys.stdout, sys.stderr, color and sys.stderr.isatty())
         sys.exit(answer_once(chat, question, screen, cfg.json, cfg.stats))
     print("nanochat: /help lists the commands, /quit leaves, Ctrl-C stops an answer", file=sys.stderr)
-    Terminal(chat, _reader(), Screen(sys.stdout, sys.stdout, color and sys.stdout.isatty()), cfg.stats).loop()
+    color = color and sys.stdout.isatty()
+    Terminal(chat, _reader(cfg.history), _display(cfg, color), cfg.stats).loop()
+
+
+def _display(cfg: Config, color: bool) -> Display:
+    """Formatted while it is written where that is possible and wanted, else as it comes."""
+    if cfg.markdown and color and not cfg.raw and os.environ.get("TERM") != "dumb":
+        from nanochat.live_markdown import LiveMarkdown
+
+        return LiveMarkdown(sys.stdout)
+    return Screen(sys.stdout, sys.stdout, color)
 
 
 if __name__ == "__main__":

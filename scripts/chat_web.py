@@ -39,6 +39,7 @@ class Config:
     cors_origin: str = option("", "origins whose pages may call the API, separated by commas")
     max_batch: int = option(32, "answers that one replica generates at the same time")
     max_queue: int = option(64, "requests that may wait; more are refused with 429")
+    rate_limit: str = option("", "requests per key or address, such as 30/minute; more are refused with 429")
     queue_timeout: float = option(60.0, "seconds a request may wait")
     request_timeout: float = option(300.0, "seconds an answer may take")
     context_policy: str = option(
@@ -54,6 +55,7 @@ class Config:
     root_path: str = option("", "path prefix behind a reverse proxy")
     ssl_certfile: str | None = option(None, "TLS certificate")
     ssl_keyfile: str | None = option(None, "TLS key")
+    log_format: str = option("text", "lines of the log", choices=("text", "json"))
     log_conversations: bool = option(False, "log what people and the model say")
     ui: bool = option(True, "serve the page; --no-ui leaves only the API")
     metrics: bool = option(True, "serve /metrics")
@@ -69,6 +71,7 @@ def main(cfg: Config) -> None:
     import uvicorn
 
     from nanochat.serve.app import create_app
+    from nanochat.serve.logs import start_logging
     from nanochat.serve.pool import WorkerPool
 
     warn_if_exposed(cfg, settings)
@@ -89,7 +92,7 @@ def main(cfg: Config) -> None:
             ssl_certfile=cfg.ssl_certfile, ssl_keyfile=cfg.ssl_keyfile,
         )
     )  # fmt: skip
-    start_logging()
+    start_logging(cfg.log_format)
     server.run(sockets=[listener])
     if pool.failed:
         error = pool.workers[0].error
@@ -115,7 +118,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def settings_of(cfg: Config) -> Settings:
     """The server's settings; UserError for defaults that its own limits would refuse."""
-    from nanochat.serve.settings import Defaults, Limits, Settings
+    from nanochat.serve.settings import Defaults, Limits, Rate, Settings
 
     limits = Limits()
     check("--temperature", cfg.temperature, 0, limits.max_temperature)
@@ -131,6 +134,7 @@ def settings_of(cfg: Config) -> Settings:
         cors_origins=names(cfg.cors_origin),
         system_prompt=cfg.system_prompt,
         context_policy=cfg.context_policy,
+        rate_limit=Rate.parse(cfg.rate_limit),
         max_queue=cfg.max_queue,
         queue_timeout=cfg.queue_timeout,
         request_timeout=cfg.request_timeout,
@@ -192,17 +196,6 @@ def warn_if_exposed(cfg: Config, settings: Settings) -> None:
             f"warning: {cfg.host} can be reached from other machines and there is no --api-key",
             file=sys.stderr,
         )
-
-
-def start_logging() -> None:
-    """One handler on the server's own logger."""
-    import logging
-
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("nanochat.serve")
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.INFO)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,8 @@ class ScriptedModel(torch.nn.Module):
 
     def _next(self, history: list[int]) -> int:
         start = self.tokenizer.encode_special("<|assistant_start|>")
+        if start not in history:
+            return self._next_raw(history)
         turn = len(history) - history[::-1].index(start)
         before = tuple(history[:turn])
         if before not in self.answers:
@@ -107,6 +109,15 @@ class ScriptedModel(torch.nn.Module):
             self.answers[before] = encode_marked(self.tokenizer, text)
         answer = self.answers[before]
         done = len(history) - turn
+        return answer[done] if done < len(answer) else self.tokenizer.encode_special("<|assistant_end|>")
+
+    def _next_raw(self, history: list[int]) -> int:
+        """Text without markers and without an r is continued by "raw:" and itself; "tool" by a tool call."""
+        text = self.tokenizer.decode(history).removeprefix("<|bos|>")
+        prompt = "tool" if text.startswith("tool") else text.partition("r")[0]
+        written = "<|python_start|>1+1<|python_end|>" if prompt == "tool" else f"raw:{prompt}"
+        answer = encode_marked(self.tokenizer, written)
+        done = len(history) - 1 - len(self.tokenizer.encode(prompt))
         return answer[done] if done < len(answer) else self.tokenizer.encode_special("<|assistant_end|>")
 
     def _questions(self, ids: list[int]) -> list[str]:

@@ -273,7 +273,7 @@ def test_stop_strings_equal_cutting_the_whole_text(text: str, stop: list[str]):
 
 def test_a_lagging_reader_gets_merged_text():
     async def scenario() -> tuple[int, str]:
-        job = Job([1], [new_choice(byte_tokenizer(), SamplingParams())], 10)
+        job = Job([[1]], [new_choice(byte_tokenizer(), SamplingParams())], 10)
         job.deliver([Piece(0, Delta("text", str(i % 10))) for i in range(5 * MAILBOX_PIECES)])
         return len(job._items), "".join(item.delta.text for item in job._items if isinstance(item, Piece))
 

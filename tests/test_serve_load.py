@@ -123,6 +123,39 @@ def test_a_failing_worker_reports_and_comes_back():
         assert server.http.get("/stats").json()["requests_failed"] == 2
 
 
+def test_a_worker_that_dies_under_load_is_back_in_seconds():
+    def load(index: int):
+        replica = scripted_replica(script, max_batch=16)
+        replica.engine.model.pause_s = 0.003
+        return replica
+
+    with (
+        served(load, Settings(defaults=GREEDY)) as server,
+        concurrent.futures.ThreadPoolExecutor(24) as threads,
+    ):
+        body = {"messages": user("long"), "max_tokens": 150, "events": "full"}
+
+        def ask(_: int) -> tuple[str, str]:
+            with httpx.stream("POST", f"{server.url}/chat/completions", json=body, timeout=60) as response:
+                got = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: ")]
+            assert got[-1]["done"] is True
+            failed = [event["error"]["code"] for event in got if "error" in event]
+            return "".join(event.get("token", "") for event in got), (failed or [got[-1]["finish_reason"]])[0]
+
+        asked = [threads.submit(ask, index) for index in range(24)]
+        wait_for(lambda: server.pool.workers[0].num_running == 16 and len(server.pool.queue) == 8)
+        died = time.monotonic()
+        server.model.fail_next = True
+        answers = [one.result() for one in asked]
+        ended = [reason for _, reason in answers]
+        assert ended.count("worker_failed") == 16 and ended.count("length") == 8
+        whole = ("word " * 200)[:150]
+        assert all(text == whole for text, reason in answers if reason == "length")
+        assert all(whole.startswith(text) for text, _ in answers)
+        assert server.http.post("/chat", json={"message": "hello"}).json()["response"] == "1:hello"
+        assert time.monotonic() - died < 10
+
+
 def test_not_ready_while_loading():
     go = threading.Event()
 

@@ -17,6 +17,7 @@ from tests.serving import (
     scripted_replica,
     served,
     user,
+    wait_for,
 )
 
 
@@ -103,12 +104,125 @@ def test_openai_errors(client: openai.OpenAI):
 def test_async_client(server: Served):
     async def ask() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            stream = await client.completions.create(model="default", prompt="q", stream=True)
+            assert "".join([chunk.choices[0].text async for chunk in stream]) == "raw:q"
+            with pytest.raises(openai.BadRequestError):
+                await client.completions.create(model="default", prompt="q", temperature=9)
             replies = [
                 client.chat.completions.create(model="default", messages=user(f"q{i}")) for i in range(5)
             ]
             return [reply.choices[0].message.content or "" for reply in await asyncio.gather(*replies)]
 
     assert asyncio.run(ask()) == [f"1:q{i}" for i in range(5)]
+
+
+# --- /v1/completions -----------------------------------------------------------------------------------
+
+
+def test_text_is_continued_without_markers(client: openai.OpenAI):
+    reply = client.completions.create(model="default", prompt="hi")
+    assert reply.object == "text_completion" and reply.id.startswith("cmpl-")
+    assert reply.choices[0].text == "raw:hi" and reply.choices[0].finish_reason == "stop"
+    assert reply.usage.prompt_tokens == 3 and reply.usage.completion_tokens == 6
+    cut = client.completions.create(model="default", prompt="a long text " * 3)
+    assert cut.usage.completion_tokens == 16 and cut.choices[0].finish_reason == "length"
+
+
+def test_text_of_several_prompts_and_choices(client: openai.OpenAI):
+    reply = client.completions.create(model="default", prompt=["a", "bc"], n=2, echo=True)
+    assert [choice.text for choice in reply.choices] == ["araw:a", "araw:a", "bcraw:bc", "bcraw:bc"]
+    assert [choice.index for choice in reply.choices] == [0, 1, 2, 3]
+    assert reply.usage.prompt_tokens == 2 + 3
+    ids = client.completions.create(model="default", prompt=[[256, 97], [256, 98]], stop=":")
+    assert [choice.text for choice in ids.choices] == ["raw", "raw"]
+    assert client.completions.create(model="default", prompt=[256, 97]).choices[0].text == "raw:a"
+
+
+def test_text_logprobs(client: openai.OpenAI):
+    reply = client.completions.create(model="default", prompt="\u00e4", logprobs=2)
+    scores = reply.choices[0].logprobs
+    assert reply.choices[0].text == "raw:\u00e4" and scores.tokens[:4] == list("raw:")
+    assert scores.text_offset == [0, 1, 2, 3, 4, 4], "the two bytes of a character begin at the same place"
+    assert scores.token_logprobs[0] == pytest.approx(-0.313, abs=0.01)
+    assert scores.top_logprobs[0]["r"] == scores.token_logprobs[0] and "s" in scores.top_logprobs[0]
+
+
+def test_text_stream(client: openai.OpenAI):
+    stream = client.completions.create(
+        model="default", prompt=["a", "b"], stream=True, echo=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    texts = ["", ""]
+    for chunk in chunks[:-1]:
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == ["araw:a", "braw:b"] and len({chunk.id for chunk in chunks}) == 1
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 10
+    assert sorted(c.choices[0].finish_reason or "" for c in chunks[:-1])[-2:] == ["stop", "stop"]
+
+
+def test_text_calls_no_tool(client: openai.OpenAI):
+    reply = client.completions.create(model="default", prompt="tool", max_tokens=40)
+    assert reply.choices[0].text == "1+1" and reply.choices[0].finish_reason == "stop"
+
+
+def test_text_errors(client: openai.OpenAI):
+    def fails(**body) -> openai.BadRequestError:
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(**{"model": "default", "prompt": "x", **body})
+        return caught.value
+
+    assert fails(prompt="x" * 600).code == "context_length_exceeded"
+    assert fails(prompt=[]).param == "prompt" and fails(prompt=[[]]).param == "prompt"
+    assert fails(prompt=[10**6]).param == "prompt" and fails(prompt=[-1]).param == "prompt"
+    assert fails(prompt=["x"] * 9).code == "invalid_value"
+    assert fails(echo=True, logprobs=1).code == "unsupported_parameter"
+    assert fails(suffix="y").param == "suffix" and fails(best_of=3).param == "best_of"
+    assert fails(logprobs=6).param == "logprobs"
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="gpt-9", prompt="x")
+
+
+# --- determinism, streams of the client, errors ------------------------------------------------------------
+
+
+def test_a_seed_repeats_an_answer(client: openai.OpenAI):
+    def ask(seed: int | None) -> list[str | None]:
+        reply = client.chat.completions.create(
+            model="default", messages=user("hello there"), n=2, seed=seed, temperature=2, top_p=1
+        )
+        return [choice.message.content for choice in reply.choices]
+
+    first = ask(7)
+    assert first == ask(7) and first[0] != first[1] and first != ask(8)
+
+
+def test_streamed_logprobs_and_the_clients_own_stream(client: openai.OpenAI):
+    with client.chat.completions.stream(
+        model="default", messages=user("hello"), n=2, logprobs=True, top_logprobs=1
+    ) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_completion()
+    assert {"chunk", "content.delta", "content.done", "logprobs.content.done"} <= kinds
+    for choice in final.choices:
+        assert choice.message.content == "1:hello" and choice.finish_reason == "stop"
+        assert "".join(one.token for one in choice.logprobs.content) == "1:hello"
+
+
+def test_a_late_failure_ends_a_stream_with_an_error(server: Served, client: openai.OpenAI):
+    server.model.pause_s = 0.02
+    try:
+        stream = client.chat.completions.create(model="default", messages=user("long"), stream=True)
+        with pytest.raises(openai.APIError, match="the model failed"):
+            for count, _ in enumerate(stream):
+                server.model.fail_next = server.model.fail_next or count == 3
+    finally:
+        wait_for(lambda: server.pool.ready)
+    with pytest.raises(openai.InternalServerError) as caught:
+        server.model.fail_next = True
+        client.chat.completions.create(model="default", messages=user("a"))
+    assert caught.value.code == "worker_failed"
+    assert caught.value.response.headers["x-should-retry"] == "false"
+    wait_for(lambda: server.pool.ready)
 
 
 def test_unknown_paths_and_methods_answer_in_the_apis_shape(server: Served):

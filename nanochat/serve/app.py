@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 
 from fastapi import FastAPI, Request
@@ -13,14 +12,15 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, RedirectResponse, Response
 from fastapi.staticfiles import StaticFiles
 
-from nanochat.serve import native_api, openai_api, session_api, websocket
-from nanochat.serve.errors import AsciiJSON, install_error_handlers
+from nanochat.serve import native_api, openai_api, openai_text, session_api, websocket
+from nanochat.serve.errors import AsciiJSON, NativeFailure, OpenAIFailure, documented, install_error_handlers
 from nanochat.serve.metrics import CONTENT_TYPE
 from nanochat.serve.pool import WorkerPool
 from nanochat.serve.security import Gate
 from nanochat.serve.service import Service
-from nanochat.serve.settings import Settings
+from nanochat.serve.settings import Settings, server_version
 
+FAILURES = (400, 401, 404, 413, 429, 500, 503, 504)
 STATIC = files("nanochat.serve") / "static"
 
 
@@ -42,12 +42,14 @@ def create_app(settings: Settings, pool: WorkerPool) -> FastAPI:
     )
     service = app.state.service = Service(settings, pool)
     install_error_handlers(app)
-    for module in (native_api, session_api, openai_api, websocket):
-        app.include_router(module.router)
+    for module in (native_api, session_api, websocket):
+        app.include_router(module.router, responses=documented(NativeFailure, *FAILURES, 409, 422))
+    for module in (openai_api, openai_text):
+        app.include_router(module.router, responses=documented(OpenAIFailure, *FAILURES))
     _add_status(app, service)
     if settings.ui:
         _add_page(app)
-    app.add_middleware(Gate, settings=settings, metrics=service.metrics)
+    app.add_middleware(Gate, service=service)
     if settings.cors_origins:  # outermost, so that refusals too can be read by the page of another origin
         any_origin = "*" in settings.cors_origins
         app.add_middleware(
@@ -57,14 +59,6 @@ def create_app(settings: Settings, pool: WorkerPool) -> FastAPI:
     return app
 
 
-def server_version() -> str:
-    """Version of the installed project, or "source" when it runs from a checkout."""
-    try:
-        return version("nanochat")
-    except PackageNotFoundError:
-        return "source"
-
-
 def _add_status(app: FastAPI, service: Service) -> None:
     pool = service.pool
 
@@ -72,11 +66,11 @@ def _add_status(app: FastAPI, service: Service) -> None:
     async def health() -> dict:
         return {**pool.health(), "version": app.version}
 
-    @app.get("/ready")
+    @app.get("/ready", responses={503: {"description": "no worker has a model"}})
     async def ready() -> Response:
         return AsciiJSON({"ready": pool.ready, "status": pool.status}, 200 if pool.ready else 503)
 
-    @app.get("/stats")
+    @app.get("/stats", responses=documented(NativeFailure, 401))
     async def stats() -> dict:
         return {**pool.stats(), "sessions": len(service.sessions)}
 
@@ -86,9 +80,9 @@ def _add_status(app: FastAPI, service: Service) -> None:
 
     if service.settings.metrics:
 
-        @app.get("/metrics")
+        @app.get("/metrics", responses=documented(NativeFailure, 401))
         async def metrics() -> Response:
-            return Response(service.metrics.render(), media_type=CONTENT_TYPE)
+            return Response(service.metrics.render(len(service.sessions)), media_type=CONTENT_TYPE)
 
 
 def describe(service: Service) -> dict:

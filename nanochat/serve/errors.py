@@ -4,14 +4,44 @@ from __future__ import annotations
 
 import json
 import math
+from http import HTTPStatus
+from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 _CODES = {404: "unknown_url", 405: "method_not_supported", 413: "request_too_large"}
+
+
+class NativeFailure(BaseModel):
+    """The body of an error of the native API; detail is a list for a body of the wrong shape."""
+
+    detail: str | list[dict[str, Any]]
+    code: str
+
+
+class OpenAIFailureDetail(BaseModel):
+    """What went wrong, in the words of the OpenAI API."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIFailure(BaseModel):
+    """The body of an error below /v1."""
+
+    error: OpenAIFailureDetail
+
+
+def documented(body: type[BaseModel], *statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Entries of the OpenAPI schema for the errors that a group of endpoints answers with."""
+    return {status: {"model": body, "description": HTTPStatus(status).phrase} for status in statuses}
 
 
 class ApiError(HTTPException):

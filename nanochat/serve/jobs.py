@@ -92,11 +92,15 @@ class Timings:
 
 
 class Job:
-    """A prompt, its choices, and the mailbox through which the loop sees them grow."""
+    """Prompts, the choices of each, and the mailbox through which the loop sees them grow.
 
-    def __init__(self, prompt: Sequence[int], choices: list[Choice], deadline_s: float) -> None:
+    A chat has one prompt. With several, the choices come in their order, equally many for each.
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[int]], choices: list[Choice], deadline_s: float) -> None:
+        assert prompts and len(choices) % len(prompts) == 0, (len(prompts), len(choices))
         self.id = secrets.token_urlsafe(18)
-        self.prompt = list(prompt)
+        self.prompts = [list(prompt) for prompt in prompts]
         self.choices = choices
         self.timings = Timings()
         self.deadline = self.timings.submitted + deadline_s
@@ -148,13 +152,21 @@ class Job:
 
     # --- facts for responses
 
+    def prompt_of(self, choice: int) -> list[int]:
+        """The tokens that a choice continues."""
+        return self.prompts[choice * len(self.prompts) // len(self.choices)]
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
     @property
     def completion_tokens(self) -> int:
         return sum(choice.num_tokens for choice in self.choices)
 
     def usage(self) -> dict[str, int]:
         """Token counts in the words of every API."""
-        prompt, completion = len(self.prompt), self.completion_tokens
+        prompt, completion = self.prompt_tokens, self.completion_tokens
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,

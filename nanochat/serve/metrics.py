@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
 
 from nanochat.serve.jobs import Job
 from nanochat.serve.parts import CALL, OUTPUT
 from nanochat.serve.pool import WorkerPool
+from nanochat.serve.settings import server_version
 
 _FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _PER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)
@@ -23,6 +32,8 @@ class Metrics:
     def __init__(self, pool: WorkerPool) -> None:
         self._pool = pool
         self.registry = registry = CollectorRegistry()
+        PlatformCollector(registry=registry)
+        ProcessCollector(registry=registry)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"nanochat_{name}", text, labels, registry=registry)
@@ -55,14 +66,22 @@ class Metrics:
         self._queue_depth = gauge("queue_depth", "Requests waiting for a worker")
         self._workers = gauge("workers", "Workers by state", "state")
         self._busy = gauge("worker_busy_seconds_total", "Time spent generating", "worker")
-        self._memory = gauge("gpu_memory_bytes", "Memory of a worker's GPU", "worker", "kind")
+        self._memory = {
+            kind: gauge(f"gpu_memory_{kind}_bytes", f"GPU memory: {text}", "device")
+            for kind, text in (
+                ("allocated", "in tensors"), ("reserved", "held by this process"), ("total", "of the device"),
+            )
+        }  # fmt: skip
+        self._sessions = gauge("sessions", "Conversations kept")
+        self._build = gauge("build_info", "Always 1", "version", "model", "source", "step", "dtype", "device")
 
     def observe(self, job: Job, endpoint: str) -> None:
         """Count a job that ended, in whatever way."""
         times = job.timings
-        self._prompt.labels(endpoint).inc(len(job.prompt))
+        self._prompt.labels(endpoint).inc(job.prompt_tokens)
         self._completion.labels(endpoint).inc(job.completion_tokens)
-        self._prompt_length.observe(len(job.prompt))
+        for prompt in job.prompts:
+            self._prompt_length.observe(len(prompt))
         for choice in job.choices:
             self._generations.labels(endpoint, choice.finish_reason or "failed").inc()
             self._answer_length.observe(choice.num_tokens)
@@ -77,17 +96,22 @@ class Metrics:
             if rate:
                 self._per_token.observe(1 / rate)
 
-    def render(self) -> bytes:
+    def render(self, num_sessions: int) -> bytes:
         """The page of GET /metrics."""
+        self._sessions.set(num_sessions)
         self._queue_depth.set(len(self._pool.queue))
         states = [worker.state for worker in self._pool.workers]
         for state in ("idle", "busy", "loading", "failed"):
             self._workers.labels(state).set(states.count(state))
         for worker in self._pool.workers:
             self._busy.labels(str(worker.index)).set(worker.busy_s)
-            for kind, value in worker.memory.items():
-                if value is not None:
-                    self._memory.labels(str(worker.index), kind).set(value)
+            if worker.replica is not None:
+                info = worker.replica.info
+                facts = (info.name, info.source, str(info.step), info.dtype, info.device)
+                self._build.labels(server_version(), *facts).set(1)
+                for kind, value in worker.memory.items():
+                    if value is not None:
+                        self._memory[kind].labels(info.device).set(value)
         return generate_latest(self.registry)
 
     def _count_tools(self, parts: list[dict[str, str]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
@@ -18,6 +18,10 @@ from nanochat.serve.security import owner_of
 from nanochat.serve.service import Service
 
 router = APIRouter()
+# an answer comes as JSON or, streamed, as server-sent events
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {"schema": {"type": "string"}}}}
+}
 
 
 def service_of(request: Request) -> Service:
@@ -29,7 +33,7 @@ ServiceOf = Annotated[Service, Depends(service_of)]
 Owner = Annotated[str, Depends(owner_of)]
 
 
-@router.post("/chat/completions")
+@router.post("/chat/completions", responses=EVENTS)
 async def chat_completions(body: CompletionRequest, request: Request, service: ServiceOf) -> Response:
     """Answer a conversation as server-sent events, or as one object with `"stream": false`."""
     check_messages(body.messages, service.settings.limits)
@@ -40,7 +44,7 @@ async def chat_completions(body: CompletionRequest, request: Request, service: S
         body, prompt.max_tokens, logprobs=body.logprobs,
         min_p=body.min_p or 0.0, repetition_penalty=body.repetition_penalty or 1.0,
     )  # fmt: skip
-    job = service.submit(prompt.tokens, [params], stop_strings(body.stop), body.raw_special_tokens)
+    job = service.submit([prompt.tokens], [params], stop_strings(body.stop), body.raw_special_tokens)
     if body.stream:
         lines = _lines(service, job, body.events == "full", prompt.truncated_messages)
         return await service.stream(job, lines)
@@ -59,7 +63,7 @@ async def _lines(service: Service, job: Job, full: bool, truncated: int) -> Asyn
     if full:
         yield event(
             start=True, id=job.id, model=service.replica.info.name, gpu=job.worker,
-            prompt_tokens=len(job.prompt), truncated_messages=truncated,
+            prompt_tokens=job.prompt_tokens, truncated_messages=truncated,
         )  # fmt: skip
     async with aclosing(service.events(job, "/chat/completions")) as items:
         async for item in items:

@@ -38,12 +38,10 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class OpenAIRequest(BaseModel):
-    """POST /v1/chat/completions."""
+class OpenAISampling(BaseModel):
+    """What both kinds of completions have in common."""
 
     model: str
-    messages: Annotated[list[OpenAIMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -54,6 +52,26 @@ class OpenAIRequest(BaseModel):
     stream_options: StreamOptions | None = None
     stop: Stop | None = None
     seed: Seed | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+
+    @property
+    def num_choices(self) -> int:
+        """Answers per prompt."""
+        return self.n or 1
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ChatCompletionRequest(OpenAISampling):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[OpenAIMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: dict[str, Any] | None = None
@@ -66,26 +84,24 @@ class OpenAIRequest(BaseModel):
     prediction: Any = None
     web_search_options: Any = None
     reasoning_effort: Any = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
-
-    @property
-    def num_choices(self) -> int:
-        return self.n or 1
 
     @property
     def num_logprobs(self) -> int | None:
         """How many alternatives to report per token; None for no log probabilities at all."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    @property
-    def include_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
+
+class TextCompletionRequest(OpenAISampling):
+    """POST /v1/completions: text or token ids to continue, one prompt or several."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: int | None = None
 
 
-def refuse_unsupported(body: OpenAIRequest) -> None:
+def refuse_unsupported(body: ChatCompletionRequest) -> None:
     """400 for features that would silently do nothing."""
     for name in _UNSUPPORTED:
         if getattr(body, name) not in (None, [], {}, "none", "auto", 0):
@@ -96,6 +112,17 @@ def refuse_unsupported(body: OpenAIRequest) -> None:
         raise _unsupported("modalities")
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "invalid_value", "top_logprobs needs logprobs: true", param="top_logprobs")
+
+
+def refuse_unsupported_text(body: TextCompletionRequest) -> None:
+    """The same for plain completions."""
+    if body.suffix:
+        raise _unsupported("suffix")
+    if body.best_of not in (None, body.num_choices):
+        raise _unsupported("best_of")
+    if body.echo and body.logprobs is not None:
+        text = "the log probabilities of the prompt are not known: echo and logprobs exclude each other"
+        raise ApiError(400, "unsupported_parameter", text, param="echo")
 
 
 def plain_messages(messages: list[OpenAIMessage]) -> list[Message]:

@@ -1,9 +1,10 @@
-"""What happens to every request before and after its endpoint: keys, size limit, ids, headers, counting."""
+"""What happens to every request before and after its endpoint: keys, limits, ids, headers, counting, the log."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import re
 import secrets
 import time
@@ -14,11 +15,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanochat.serve.errors import ApiError, error_response
-from nanochat.serve.metrics import Metrics
+from nanochat.serve.logs import job_line, log_facts
+from nanochat.serve.service import JOB, Service
 from nanochat.serve.settings import Settings
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _OPEN_PATHS = ("/", "/health", "/ready", "/config", "/logo.svg", "/favicon.ico")
+_QUIET_PATHS = ("/health", "/ready", "/metrics")  # what machines ask every few seconds
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "
     "script-src 'self'; connect-src 'self' ws: wss:; frame-ancestors 'none'; base-uri 'none'",
@@ -30,8 +33,9 @@ _HEADERS = {
 class Gate:
     """ASGI middleware of the whole application. Plain ASGI, so that disconnects reach the endpoints."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
-        self._app, self._settings, self._metrics = app, settings, metrics
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+        self._settings, self._metrics = service.settings, service.metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -54,33 +58,51 @@ class Gate:
 
         self._metrics.in_flight.inc()
         try:
-            await self._guarded(headers)(scope, _Limited(receive, self._settings), send_with_headers)
+            await self._guarded(scope, headers)(scope, _Limited(receive, self._settings), send_with_headers)
         finally:
             self._metrics.in_flight.dec()
-            path = getattr(scope.get("route"), "path", "other")
-            self._metrics.requests.labels(scope["method"], path, str(status)).inc()
-            self._metrics.duration.labels(scope["method"], path).observe(time.monotonic() - begun)
+            self._account(scope, request_id, status, time.monotonic() - begun)
 
-    def _guarded(self, headers: Headers) -> ASGIApp:
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            path = scope["path"].removeprefix(scope.get("root_path", ""))
-            error = self._refusal(scope["method"], path, headers)
-            await (self._app if error is None else error_response(path, error))(scope, receive, send)
+    def _account(self, scope: Scope, request_id: str, status: int, total_s: float) -> None:
+        # the template, not the path: a client must not invent labels, nor write into the log
+        path, method = getattr(scope.get("route"), "path", "other"), scope["method"]
+        self._metrics.requests.labels(method, path, str(status)).inc()
+        self._metrics.duration.labels(method, path).observe(total_s)
+        is_quiet = path in _QUIET_PATHS or scope["path"].startswith("/static/")
+        log_facts(
+            logging.DEBUG if is_quiet else logging.INFO,
+            "request",
+            {
+                "id": request_id,
+                "method": method,
+                "path": path,
+                "status": status,
+                "remote": (scope.get("client") or (None,))[0],
+                "total_ms": round(1000 * total_s, 1),
+                **(job_line(scope[JOB]) if JOB in scope else {}),
+            },
+        )
 
-        return app
+    def _guarded(self, scope: Scope, headers: Headers) -> ASGIApp:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        try:
+            self._check(scope, path, headers)
+        except ApiError as error:
+            return error_response(path, error)
+        return self._app
 
-    def _refusal(self, method: str, path: str, headers: Headers) -> ApiError | None:
+    def _check(self, scope: Scope, path: str, headers: Headers) -> None:
+        """Raise ApiError 413, 401 or 429 for a request that must not reach its endpoint."""
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self._settings.limits.max_body_bytes:
-            return _too_large(self._settings)
-        is_open = path in _OPEN_PATHS or path.startswith("/static/") or method == "OPTIONS"
-        if is_open or has_key(self._settings.api_keys, bearer(headers.get("authorization"))):
-            return None
-        return ApiError(
-            401,
-            "invalid_api_key" if path.startswith("/v1") else "unauthorized",
-            "a valid API key is required",
-        )
+            raise _too_large(self._settings)
+        is_open = path in _OPEN_PATHS or path.startswith("/static/") or scope["method"] == "OPTIONS"
+        token = bearer(headers.get("authorization"))
+        if not is_open and not has_key(self._settings.api_keys, token):
+            code = "invalid_api_key" if path.startswith("/v1") else "unauthorized"
+            raise ApiError(401, code, "a valid API key is required")
+        if scope["method"] == "POST":  # all that makes the model work, and little else
+            self._service.spend(client_name(self._settings, scope.get("client"), token))
 
 
 class _Limited:
@@ -117,6 +139,11 @@ def owner_of(request: Request) -> str:
 def owner_name(token: str) -> str:
     """The owner that stands for a key."""
     return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def client_name(settings: Settings, address: tuple[str, int] | None, token: str) -> str:
+    """Whose permissions a request uses up: those of its key, or of its address where there are no keys."""
+    return f"key {owner_name(token)}" if settings.api_keys else f"address {address[0] if address else ''}"
 
 
 def _too_large(settings: Settings) -> ApiError:

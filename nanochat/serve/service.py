@@ -18,11 +18,13 @@ from nanochat.serve.jobs import Ended, Failed, Item, Job, Piece, Scored, failure
 from nanochat.serve.metrics import Metrics
 from nanochat.serve.pool import WorkerPool
 from nanochat.serve.prompt import Message, Prompt, build_prompt
+from nanochat.serve.rate_limit import RateLimiter
 from nanochat.serve.schemas import Sampling, stop_strings
 from nanochat.serve.sessions import SessionStore
 from nanochat.serve.settings import Replica, Settings
 
 logger = logging.getLogger("nanochat.serve")
+JOB = "nanochat.job"  # where the scope of an HTTP request keeps its job, for the log
 KEEP_ALIVE_S = 15.0  # proxies cut connections that stay silent for about a minute
 
 
@@ -33,6 +35,16 @@ class Service:
         self.settings, self.pool = settings, pool
         self.metrics = Metrics(pool)
         self.sessions = SessionStore(settings.session_db, settings.session_ttl, settings.max_sessions)
+        self._limiter = RateLimiter(settings.rate_limit) if settings.rate_limit else None
+
+    def spend(self, client: str) -> None:
+        """Count a request against the rate limit of a client; raises ApiError 429."""
+        try:
+            if self._limiter is not None:
+                self._limiter.spend(client)
+        except ApiError:
+            self.metrics.rejections.labels("rate_limit").inc()
+            raise
 
     @property
     def replica(self) -> Replica:
@@ -41,6 +53,11 @@ class Service:
     @property
     def too_slow(self) -> str:
         return f"the answer took longer than {self.settings.request_timeout:g} s"
+
+    def check_ready(self) -> None:
+        """503 unless some worker has a model."""
+        if not self.pool.ready:
+            raise ApiError(503, "not_ready", f"the model is {self.pool.status}", retry_after=2)
 
     def prompt(
         self,
@@ -52,8 +69,7 @@ class Service:
         continue_final: bool = False,
     ) -> Prompt:
         """Tokens of a conversation; counts conversations that had to be shortened."""
-        if not self.pool.ready:
-            raise ApiError(503, "not_ready", f"the model is {self.pool.status}", retry_after=2)
+        self.check_ready()
         prompt = build_prompt(
             self.replica.tokenizer,
             messages,
@@ -83,12 +99,16 @@ class Service:
         )
 
     def submit(
-        self, prompt: Sequence[int], params: Sequence[SamplingParams], stop: Sequence[str], raw: bool = False
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        stop: Sequence[str],
+        raw: bool = False,
     ) -> Job:
         """Queue one job with a choice per parameter set; raises ApiError 429 or 503."""
         tokenizer = self.replica.tokenizer
         choices = [new_choice(tokenizer, one, stop, raw) for one in params]
-        job = Job(prompt, choices, self.settings.request_timeout)
+        job = Job(prompts, choices, self.settings.request_timeout)
         try:
             self.pool.submit(job)
         except ApiError as error:
@@ -100,7 +120,7 @@ class Service:
         """A job for the next answer of a conversation, with the server's context policy."""
         prompt = self.prompt(messages, system, sampling.max_tokens)
         return self.submit(
-            prompt.tokens, [self.params(sampling, prompt.max_tokens)], stop_strings(sampling.stop)
+            [prompt.tokens], [self.params(sampling, prompt.max_tokens)], stop_strings(sampling.stop)
         )
 
     async def events(self, job: Job, endpoint: str) -> AsyncGenerator[Item | None, None]:
@@ -119,6 +139,7 @@ class Service:
 
         Raises ApiError if the job failed. A client that leaves cancels it.
         """
+        request.scope[JOB] = job
         scores: dict[int, list[Scored]] = {}
         watcher = asyncio.create_task(self._cancel_on_disconnect(job, request))
         try:
@@ -153,15 +174,10 @@ class Service:
         reasons = ",".join(choice.finish_reason or "failed" for choice in job.choices)
         if not complete or "cancelled" in reasons:
             self.metrics.disconnects.labels(endpoint).inc()
-        speed, usage = job.speed(), job.usage()
-        logger.info(
-            "%s id=%s worker=%d queue_ms=%s ttft_ms=%s prompt_tokens=%d completion_tokens=%d tok_per_s=%s %s",
-            endpoint, job.id, job.worker, speed["queue_ms"], speed["ttft_ms"], usage["prompt_tokens"],
-            usage["completion_tokens"], speed["tokens_per_second"], reasons,
-        )  # fmt: skip
         if self.settings.log_conversations:
             tokenizer = self.replica.tokenizer
-            logger.info("%s\n%s", "=" * 20, tokenizer.decode(job.prompt))
+            for prompt in job.prompts:
+                logger.info("%s\n%s", "=" * 20, tokenizer.decode(prompt))
             for choice in job.choices:
                 logger.info("[ASSISTANT] (GPU %d): %s\n%s", job.worker, choice.decoder.response, "=" * 20)
 
@@ -175,6 +191,7 @@ class EventStream(StreamingResponse):
         self._job, self._pool = job, pool
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[JOB] = self._job
         try:
             await super().__call__(scope, receive, send)
         finally:

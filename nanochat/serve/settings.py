@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
+
+from nanochat.common import UserError
 
 if TYPE_CHECKING:  # both import torch, and flags should be checked at once
     from nanochat.engine import Engine
@@ -34,6 +38,27 @@ class Defaults:
     max_tokens: int = 512
 
 
+_PERIODS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """`count` requests in `period_s` seconds."""
+
+    count: int
+    period_s: int
+
+    @classmethod
+    def parse(cls, text: str) -> Rate | None:
+        """ "30/minute" and the like; None for an empty text. Raises UserError."""
+        if not text:
+            return None
+        found = re.fullmatch(r"(\d{1,9})/(second|minute|hour|day)", text.strip())
+        if found is None or not int(found[1]):
+            raise UserError(f"--rate-limit={text} is not a rate; write 30/minute, or per second, hour, day")
+        return cls(int(found[1]), _PERIODS[found[2]])
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """The server's configuration. Times are in seconds."""
@@ -45,6 +70,7 @@ class Settings:
     cors_origins: tuple[str, ...] = ()
     system_prompt: str = ""
     context_policy: str = "truncate"
+    rate_limit: Rate | None = None
     max_queue: int = 64
     queue_timeout: float = 60.0
     request_timeout: float = 300.0
@@ -77,3 +103,11 @@ class Replica:
     engine: Engine
     tokenizer: RustBPETokenizer
     info: ModelInfo
+
+
+def server_version() -> str:
+    """Version of the installed project, or "source" when it runs from a checkout."""
+    try:
+        return version("nanochat")
+    except PackageNotFoundError:
+        return "source"

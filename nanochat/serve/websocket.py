@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from contextlib import aclosing, suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,10 +14,11 @@ from pydantic import ValidationError
 
 from nanochat.serve.errors import ApiError
 from nanochat.serve.jobs import Ended, Failed, Job, Piece, Started
+from nanochat.serve.logs import job_line, log_facts
 from nanochat.serve.native_api import answer_body, phase
 from nanochat.serve.parts import TEXT
 from nanochat.serve.schemas import CompletionRequest, Message, Sampling, check_messages, check_sampling
-from nanochat.serve.security import bearer, has_key, owner_name
+from nanochat.serve.security import bearer, client_name, has_key, owner_name
 from nanochat.serve.service import Service
 from nanochat.serve.sessions import Session
 
@@ -38,7 +40,7 @@ async def ws(socket: WebSocket) -> None:
         if token is None:
             await socket.close(1008, "unauthorized")
             return
-        await _Connection(socket, service, owner_name(token)).run()
+        await _Connection(socket, service, token).run()
     except WebSocketDisconnect:
         pass  # the client went away between two frames; its job was cancelled on the way here
     finally:
@@ -75,8 +77,9 @@ async def _token(socket: WebSocket, service: Service) -> str | None:
 class _Connection:
     """One client, its session, its defaults, and the one answer it may have running."""
 
-    def __init__(self, socket: WebSocket, service: Service, owner: str) -> None:
-        self._socket, self._service, self._owner = socket, service, owner
+    def __init__(self, socket: WebSocket, service: Service, token: str) -> None:
+        self._socket, self._service, self._owner = socket, service, owner_name(token)
+        self._client = client_name(service.settings, socket.scope.get("client"), token)
         self._defaults: dict[str, Any] = {}
         self._session: Session | None = None
         self._job: Job | None = None
@@ -178,6 +181,7 @@ class _Connection:
         body = CompletionRequest(**{**session.params, **self._defaults, **given, "messages": messages})
         check_messages(body.messages, self._service.settings.limits)
         check_sampling(body, self._service.settings.limits)
+        self._service.spend(self._client)
         system = body.system if body.system is not None else session.system
         conversation = [message.model_dump() for message in body.messages]
         self._job = self._service.submit_chat(conversation, body, system)
@@ -192,7 +196,9 @@ class _Connection:
             async with aclosing(self._service.events(job, "/ws")) as items:
                 async for item in items:
                     if isinstance(item, Started):
-                        await self._send("start", id=identity, gpu=item.worker, prompt_tokens=len(job.prompt))
+                        await self._send(
+                            "start", id=identity, gpu=item.worker, prompt_tokens=job.prompt_tokens
+                        )
                     elif isinstance(item, Piece) and item.delta.kind == TEXT:
                         await self._send("token", id=identity, token=item.delta.text, gpu=job.worker)
                     elif isinstance(item, Piece):
@@ -206,6 +212,7 @@ class _Connection:
                         await self._send("done", id=identity, done=True, **answer_body(job))
         finally:
             self._store(session, messages, job)
+            log_facts(logging.INFO, "answer", {"path": "/ws", **job_line(job)})
 
     def _store(self, session: Session, messages: list[Message], job: Job) -> None:
         """Keep the answer, also a partial one, so that a client that reconnects finds it."""

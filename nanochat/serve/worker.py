@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
+import torch
+
 from nanochat.engine import Event, Request
 from nanochat.serve.jobs import Alternative, Choice, Ended, Failed, Item, Job, Piece, Scored, Started, send
 from nanochat.serve.parts import TEXT, Delta
@@ -14,6 +16,7 @@ from nanochat.serve.queue import JobQueue
 from nanochat.serve.settings import Replica
 
 logger = logging.getLogger("nanochat.serve")
+MEASURE_S = 1.0  # between looks at the memory of the device while it works
 MAX_RELOADS = 3  # in a row, without a finished request between
 
 
@@ -29,7 +32,7 @@ class Worker:
         self.num_requests = self.num_failed = self.num_tokens = 0
         self.busy_s = 0.0
         self.tokens_per_second: float | None = None
-        self.memory: dict[str, int | None] = dict.fromkeys(("allocated", "reserved", "total"))
+        self.memory = device_memory("cpu")
         self._load, self._queue, self._on_change = load, queue, on_change
         self._running: dict[Request, tuple[Job, int]] = {}
         self._reloads = 0
@@ -67,8 +70,10 @@ class Worker:
         self._on_change()
 
     def _serve(self, replica: Replica) -> None:
-        engine = replica.engine
+        engine, measured = replica.engine, 0.0
         while True:
+            if not self._running or time.monotonic() - measured > MEASURE_S:
+                self.memory, measured = device_memory(replica.info.device), time.monotonic()
             free = engine.max_batch - len(self._running)
             jobs = self._queue.take(self.index, free, wait=not self._running)
             if jobs is None:
@@ -88,9 +93,13 @@ class Worker:
     def _admit(self, replica: Replica, job: Job) -> None:
         job.worker, job.timings.started = self.index, time.monotonic()
         self.num_requests += 1
+        requests: list[Request] = []
         try:
-            requests = [replica.engine.submit(job.prompt, choice.params) for choice in job.choices]
+            for index, choice in enumerate(job.choices):
+                requests.append(replica.engine.submit(job.prompt_of(index), choice.params))
         except ValueError as error:  # the engine refuses the request itself; the replica is fine
+            for request in requests:
+                replica.engine.cancel(request)
             send([(job, [Failed(400, "invalid_value", str(error))])])
             return
         self._running.update((request, (job, index)) for index, request in enumerate(requests))
@@ -151,6 +160,20 @@ class Worker:
         self._running.clear()
         self.num_failed += len(jobs)
         send([(job, [failed]) for job in jobs.values()])
+
+
+def device_memory(device: str) -> dict[str, int | None]:
+    """Bytes that tensors use, that this process holds, and that the device has; None where nobody counts.
+
+    To be called by the worker's thread: a call into CUDA may wait for the device, and the event loop may not.
+    """
+    if not device.startswith("cuda"):
+        return dict.fromkeys(("allocated", "reserved", "total"))
+    return {
+        "allocated": torch.cuda.memory_allocated(device),
+        "reserved": torch.cuda.memory_reserved(device),
+        "total": torch.cuda.get_device_properties(device).total_memory,
+    }
 
 
 def _scores(event: Event) -> tuple[Scored, ...]:
