@@ -259,6 +259,28 @@ def test_markdown_and_code(page):
 
 
 @needs_browser
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_copying_speed_and_context(browser, server: Served, viewport: dict):
+    for page in open_page(browser, server, viewport):
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        say(page, "code")
+        text = finished(page, 1)
+        page.click(".answer [aria-label='Copy code']")
+        assert page.evaluate("navigator.clipboard.readText()") == "print(1)  # one"
+        page.click(".assistant [aria-label=Copy]")
+        assert page.evaluate("navigator.clipboard.readText()").startswith("Look:\n\n```python\nprint(1)")
+        page.evaluate(  # what a page over plain HTTP in a local network finds
+            """() => { window.kept = navigator.clipboard;
+            Object.defineProperty(navigator, 'clipboard', { value: undefined }); }"""
+        )
+        page.click(".user [aria-label=Copy]")
+        assert page.evaluate("window.kept.readText()") == "code"
+        assert "Look:" in text and "tok/s" in page.inner_text(".assistant .stats")
+        if viewport == DESKTOP:  # a phone has no room for the meter
+            assert page.inner_text("#context").endswith("/4096")
+
+
+@needs_browser
 def test_streamed_markdown_equals_markdown_at_once(page):
     same = page.evaluate(
         """async () => {

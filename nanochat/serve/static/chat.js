@@ -1,7 +1,7 @@
 // One conversation on the page: asking, streaming the answer, and changing what was said.
 
 import { complete } from "./api.js";
-import { ask, byId } from "./dom.js";
+import { ask, byId, copyText } from "./dom.js";
 import { t } from "./i18n.js";
 import { addToken, editInPlace, messageView, remark, updateMessage } from "./messages.js";
 import { answerOf, asMessages, newId } from "./store.js";
@@ -16,7 +16,7 @@ export class Chat {
     this.abort = null;
     this.conversation = conversations.create();
     this.actions = {
-      copy: (text) => navigator.clipboard?.writeText(text),
+      copy: copyText,
       edit: (message) => this.edit(message),
       remove: (message) => this.remove(message),
       regenerate: (message) => this.regenerate(message),

@@ -80,6 +80,18 @@ export function ask(text, { value, secret = false } = {}) {
   });
 }
 
+export async function copyText(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  // Browsers give the clipboard only to secure pages; over plain HTTP in a local network a selection is copied.
+  const focused = document.activeElement;
+  const area = element("textarea", "visually-hidden", text);
+  document.body.append(area);
+  area.select();
+  document.execCommand("copy");
+  area.remove();
+  return focused?.focus();
+}
+
 export function download(name, text, type) {
   const anchor = element("a");
   anchor.href = URL.createObjectURL(new Blob([text], { type }));

@@ -1,7 +1,7 @@
 // A safe subset of Markdown as DOM nodes. Model text only ever becomes text nodes and vetted link targets.
 
 import { highlighted } from "./highlight.js";
-import { button, element } from "./dom.js";
+import { button, copyText, element } from "./dom.js";
 import { CALL_END, CALL_START } from "./marks.js";
 
 const MAX_DEPTH = 6;
@@ -187,7 +187,7 @@ function codeBlock(block, context) {
   const frame = element("div", "code");
   const bar = element("div", "code-bar");
   const copy = button("copy", context.labels.copyCode, () => {
-    navigator.clipboard?.writeText(withoutMarks(block.text));
+    copyText(withoutMarks(block.text));
     copy.classList.add("done");
     setTimeout(() => copy.classList.remove("done"), 1500);
   });
