@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,8 +22,10 @@ from nanochat.calculator import ToolFormat, use_calculator
 from nanochat.configurator import option, run
 from nanochat.gpt import GPT
 from nanochat.kv_cache import ContextOverflow
+from nanochat.prefix_store import PrefixStore
+from nanochat.requests import Event, Request, Tool, ToolBox
 from nanochat.sampling import SamplingParams
-from nanochat.scheduler import Event, Request, Scheduler, Tool, ToolBox
+from nanochat.scheduler import Scheduler
 from nanochat.tokenizer_base import Tokenizer
 
 __all__ = ["Completion", "ContextOverflow", "Engine", "Event", "Request", "SamplingParams"]
@@ -65,6 +68,8 @@ class Engine:
         *,
         tool_format: ToolFormat = "gsm8k",
         max_batch: int = MAX_BATCH,
+        cache_bytes: int | None = None,
+        chunk_tokens: int | None = None,
     ) -> None:
         if max_batch < 1:
             raise ValueError(f"max_batch={max_batch} must be at least 1")
@@ -72,7 +77,12 @@ class Engine:
             tools = {"python": functools.partial(use_calculator, tool_format=tool_format)}
         self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
         self.toolbox = ToolBox(tokenizer, tools)
-        self._shared = Scheduler(model, self.toolbox, max_batch)
+        self.cache_bytes, self.chunk_tokens = cache_bytes, chunk_tokens
+        self.prefixes = PrefixStore()  # of streams and conversations
+        self._shared = self._scheduler(max_batch, self.prefixes)
+
+    def _scheduler(self, max_batch: int, prefixes: PrefixStore | None = None) -> Scheduler:
+        return Scheduler(self.model, self.toolbox, max_batch, self.cache_bytes, self.chunk_tokens, prefixes)
 
     # --- a stream of requests ------------------------------------------------------------------------
 
@@ -84,7 +94,7 @@ class Engine:
         return self._shared.submit(tokens, params)
 
     def step(self) -> list[Event]:
-        """Add one token to every running request, after letting waiting ones in."""
+        """Add one token to every ready request and read a chunk of new prompts, after letting waiting ones in."""
         return self._shared.step()
 
     def cancel(self, request: Request) -> None:
@@ -119,7 +129,7 @@ class Engine:
     ) -> tuple[Scheduler, list[Request]]:
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples} must be at least 1")
-        scheduler = Scheduler(self.model, self.toolbox, max(num_samples, self.max_batch))
+        scheduler = self._scheduler(max(num_samples, self.max_batch), self.prefixes)
         requests = [scheduler.submit(tokens, params, stream) for stream in range(num_samples)]
         wanted = params.max_tokens or 0
         beyond = len(requests[0].prompt) + wanted - self.model.config.sequence_len
@@ -130,16 +140,20 @@ class Engine:
     def _columns(
         self, scheduler: Scheduler, requests: list[Request], should_stop: Callable[[], bool] | None
     ) -> Iterator[tuple[list[int], list[int]]]:
-        rows = {request: row for row, request in enumerate(requests)}
-        while not scheduler.is_idle and not (should_stop and should_stop()):
-            tokens = [self.toolbox.assistant_end] * len(requests)
-            masks = [0] * len(requests)
-            events = [event for event in scheduler.step() if event.token is not None]
-            for event in events:
-                tokens[rows[event.request]] = event.token or 0
-                masks[rows[event.request]] = int(event.is_sampled)
-            if events:
-                yield tokens, masks
+        pending = {request: deque[tuple[int, int]]() for request in requests}
+        ended = (self.toolbox.assistant_end, 0)
+        while any(queue or not request.finish_reason for request, queue in pending.items()):
+            if should_stop and should_stop():
+                return
+            # Samples are not always in step: memory may be too small for all of them at once.
+            while not all(queue or request.finish_reason for request, queue in pending.items()):
+                for event in scheduler.step():
+                    if event.token is not None:
+                        pending[event.request].append((event.token, int(event.is_sampled)))
+            if not any(pending.values()):  # there was no room for a single token
+                return
+            column = [queue.popleft() if queue else ended for queue in pending.values()]
+            yield [token for token, _ in column], [mask for _, mask in column]
 
     def generate_batch(
         self, tokens: Sequence[int], num_samples: int = 1, **options
@@ -175,7 +189,7 @@ class Engine:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"{len(each)} sampling parameters for {len(prompts)} prompts")
-        scheduler = Scheduler(self.model, self.toolbox, self.max_batch)
+        scheduler = self._scheduler(self.max_batch)
         requests: dict[int, Request] = {}
         for i in sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), tuple(prompts[i]))):
             requests[i] = scheduler.submit(prompts[i], each[i], stream=i if shared else 0)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from nanochat.common import UserError
 from nanochat.flash_attention import cached_attention, causal_attention
-from nanochat.kv_cache import Chunk, ContextOverflow, KVCache
+from nanochat.kv_cache import Cache, Chunk, ContextOverflow
 
 if TYPE_CHECKING:
     from nanochat.common import World
@@ -145,7 +145,7 @@ class Context:
 
     cos: torch.Tensor
     sin: torch.Tensor
-    cache: KVCache | None = None
+    cache: Cache | None = None
     chunk: Chunk | None = None
 
 
@@ -310,7 +310,7 @@ class GPT(nn.Module):
         self,
         idx: torch.Tensor,
         targets: torch.Tensor | None = None,
-        kv_cache: KVCache | None = None,
+        kv_cache: Cache | None = None,
         loss_reduction: str = "mean",
         lengths: Sequence[int] | torch.Tensor | None = None,
         last_only: bool = False,
@@ -329,12 +329,12 @@ class GPT(nn.Module):
         return self.logits(x)
 
     def hidden(
-        self, idx: torch.Tensor, kv_cache: KVCache | None, lengths: Sequence[int] | torch.Tensor | None
+        self, idx: torch.Tensor, kv_cache: Cache | None, lengths: Sequence[int] | torch.Tensor | None
     ) -> torch.Tensor:
         """Final normalised residual stream (B, T, C)."""
         config = self.config
         context = self._context(idx.size(1), kv_cache, lengths)
-        x = norm(self.wte(idx).to(self.compute_dtype))
+        x = self.embed(idx)
         if config.use_smear:
             x = self._smear(x, kv_cache, lengths)
         x0 = middle = x
@@ -351,8 +351,12 @@ class GPT(nn.Module):
             kv_cache.advance(context.chunk.lengths)
         return norm(x)
 
+    def embed(self, idx: torch.Tensor) -> torch.Tensor:
+        """Normalised embeddings (B, T, C) of tokens, before the smear; also the smear's state after them."""
+        return norm(self.wte(idx).to(self.compute_dtype))
+
     def _context(
-        self, width: int, cache: KVCache | None, lengths: Sequence[int] | torch.Tensor | None
+        self, width: int, cache: Cache | None, lengths: Sequence[int] | torch.Tensor | None
     ) -> Context:
         table = self.cos.size(1)
         if cache is None:
@@ -369,7 +373,7 @@ class GPT(nn.Module):
         return Context(self.cos[0, positions], self.sin[0, positions], cache, chunk)
 
     def _smear(
-        self, x: torch.Tensor, cache: KVCache | None, lengths: Sequence[int] | torch.Tensor | None
+        self, x: torch.Tensor, cache: Cache | None, lengths: Sequence[int] | torch.Tensor | None
     ) -> torch.Tensor:
         """Mix a gated part of the previous token's embedding into each token's; position 0 has none."""
         if cache is None or cache.prev_embedding is None:

@@ -1,12 +1,14 @@
 """Keys and values of past positions, one row per sequence; rows may stand at different positions.
 
-L layers, B rows, T slots, H key/value heads, D head size.
+L layers, B rows, T slots, H key/value heads, D head size. Here are the plain cache and what every cache has;
+the engine's, which grows, is shared by many requests and forgets what windows hide, is in row_cache.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -19,14 +21,19 @@ class ContextOverflow(ValueError):
 class Chunk:
     """What one forward pass adds to the cache: T new positions per row, of which `lengths` are real.
 
-    Index tensors and masks are the same for all layers, so they are made once here.
+    rings: window -> slots of the layers that have this window, where they are fewer than the positions:
+    position p is in slot p % ring. A ring is longer than its window and a chunk together, so that a chunk,
+    its padding included, never overwrites what its own queries see.
+    Index tensors and masks are the same for all layers of a window, so they are made once here.
     """
 
     start: list[int]
     lengths: list[int]
     width: int
     device: torch.device
+    rings: Mapping[int, int] = field(default_factory=dict)
     _masks: dict[int, torch.Tensor | None] = field(default_factory=dict)
+    _slots: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -43,8 +50,19 @@ class Chunk:
         starts = self.start[:1] if self.is_uniform else self.start
         return torch.tensor(starts, device=self.device)[:, None] + steps
 
+    def num_slots(self, window: int) -> int:
+        """Slots that hold keys after this chunk, in layers of a window."""
+        return min(self.total, self.rings.get(window, self.total))
+
+    def slots(self, window: int) -> torch.Tensor:
+        """(B or 1, T) slot of each new token, in layers of a window."""
+        ring = self.rings.get(window, self.total)
+        if ring not in self._slots:
+            self._slots[ring] = self.positions() % ring
+        return self._slots[ring]
+
     def mask(self, window: int) -> torch.Tensor | None:
-        """(B or 1, 1, T, total) booleans of the keys that each query sees; None if it sees all of them."""
+        """(B or 1, 1, T, slots) booleans of the keys that each query sees; None if it sees all of them."""
         if window not in self._masks:
             self._masks[window] = self._build_mask(window)
         return self._masks[window]
@@ -53,11 +71,36 @@ class Chunk:
         if self.width == 1 and self.is_uniform and (window < 0 or window >= self.total - 1):
             return None
         query = self.positions()[:, :, None]
-        key = torch.arange(self.total, device=self.device)
-        visible = key <= query
+        key = torch.arange(self.num_slots(window), device=self.device)
+        if key.numel() < self.total:  # a ring: the last position written to each slot, negative if none was
+            last = query[:, -1:]
+            key = last - (last - key) % key.numel()
+        visible = (key <= query) & (key >= 0)
         if 0 <= window < self.total - 1:
             visible &= query - key <= window
         return visible[:, None]
+
+
+def real_lengths(rows: int, width: int, lengths: Sequence[int] | torch.Tensor | None) -> list[int]:
+    """How many of `width` new tokens each row really gets; all if lengths is None. Checks them."""
+    real = [width] * rows if lengths is None else [int(n) for n in lengths]
+    if len(real) != rows or not all(0 < n <= width for n in real):
+        raise ValueError(f"lengths {real} do not fit {rows} rows of {width} tokens")
+    return real
+
+
+class Cache(Protocol):
+    """What a forward pass needs of a cache. prev_embedding is the state of the smear, see KVCache."""
+
+    prev_embedding: torch.Tensor | None
+
+    def begin(self, width: int, lengths: Sequence[int] | torch.Tensor | None = None) -> Chunk: ...
+
+    def insert(
+        self, layer: int, chunk: Chunk, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def advance(self, lengths: int | Sequence[int]) -> None: ...
 
 
 class KVCache:
@@ -123,10 +166,7 @@ class KVCache:
     def begin(self, width: int, lengths: Sequence[int] | torch.Tensor | None = None) -> Chunk:
         """Describe a chunk of `width` new tokens per row of which `lengths` (default all) are real."""
         self.ensure(width)
-        real = [width] * self.batch_size if lengths is None else [int(n) for n in lengths]
-        if len(real) != self.batch_size or not all(0 < n <= width for n in real):
-            raise ValueError(f"lengths {real} do not fit {self.batch_size} rows of {width} tokens")
-        return Chunk(list(self.positions), real, width, self.device)
+        return Chunk(list(self.positions), real_lengths(self.batch_size, width, lengths), width, self.device)
 
     def insert(
         self, layer: int, chunk: Chunk, k: torch.Tensor, v: torch.Tensor
@@ -140,8 +180,7 @@ class KVCache:
             span = slice(chunk.start[0], chunk.total)
             k_cache[:, span], v_cache[:, span] = k, v
         else:
-            rows = torch.arange(self.batch_size, device=self.device)[:, None]
-            slots = chunk.positions()
+            rows, slots = torch.arange(self.batch_size, device=self.device)[:, None], chunk.slots(-1)
             k_cache[rows, slots], v_cache[rows, slots] = k.to(k_cache.dtype), v.to(v_cache.dtype)
         return k_cache[:, : chunk.total], v_cache[:, : chunk.total]
 

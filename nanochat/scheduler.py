@@ -1,179 +1,75 @@
-"""Continuous batching: requests join and leave between steps, each step adds one token to every running row.
+"""Continuous batching: requests join and leave between steps, each step adds a token to every row that is ready.
 
-Running rows are always the first rows of one cache, so that finished ones cost nothing. New prompts are read
-in together, padded to the longest; equal prompts are read once and copied. A row can call a tool; what the
-tool answers is forced upon it, token by token, with mask 0.
+Running requests are the rows of one cache. A row is ready when all its tokens but the last are cached; ready
+rows come first, and take one step together. The others read their prompts, a chunk per step, so that nobody
+waits long for a newcomer. Memory is bounded: when the rows outgrow it, the youngest request loses its row and
+goes back to the front of the line, with all its tokens; it reads them again later. What was read stays in the
+prefix store as long as there is room, so that equal beginnings are read once. Equal prompts that wait
+together are read once as a whole, and the row is copied.
+A row can call a tool; what the tool answers is forced upon it, token by token, with mask 0.
 """
 
 from __future__ import annotations
 
-import copy
-from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+from collections import deque
+from collections.abc import Sequence
 from itertools import islice
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from nanochat.gpt import GPT, ROTARY_FACTOR
-from nanochat.kv_cache import ContextOverflow, KVCache
+from nanochat.gpt import ROTARY_FACTOR
+from nanochat.kv_cache import ContextOverflow
+from nanochat.prefix_store import PrefixStore, weights_version
+from nanochat.requests import Event, Request, ToolBox
+from nanochat.row_cache import BLOCK, CachedModel, RowCache
 from nanochat.sampling import SamplingBatch, SamplingParams, sample, stream_key, top_logprobs, uniforms
-from nanochat.tokenizer_base import Tokenizer
 
-Tool = Callable[[str], "str | None"]
-
-SLOT_STEP = 64  # cache lengths are multiples of this, so that growing is rare
-PREFILL_TOKENS = 4096  # padded prompt tokens per step: bounds how long running rows wait for joining ones
-
-
-@dataclass(eq=False, slots=True)
-class Request:
-    """One prompt and what has been generated for it. masks: 1 = sampled by the model, 0 = forced."""
-
-    prompt: tuple[int, ...]
-    params: SamplingParams
-    limit: int
-    key: int
-    tokens: list[int] = field(default_factory=list)
-    masks: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    ended_by_token: bool = False
-    tool_calls: int = 0
-    forced: deque[int] = field(default_factory=deque)
-    in_call: bool = False
-    call: list[int] = field(default_factory=list)
+PREFILL_TOKENS = 4096  # padded prompt tokens per step while no row is ready
+# Widest chunk, and padded prompt tokens per step while rows are ready: what a stream waits for a newcomer.
+CHUNK_TOKENS, CPU_CHUNK_TOKENS = 512, 128
+LOOK_AHEAD = 256  # waiting requests that are considered in one step
 
 
-class Event(NamedTuple):
-    """What a step did to one request: a new token, or (token None) its end without one.
-
-    finish_reason is stop, length or cancelled on the request's last event. is_terminal marks the token that
-    ended it, which is not part of the text.
-    """
-
-    request: Request
-    token: int | None
-    is_sampled: bool = False
-    finish_reason: str | None = None
-    is_terminal: bool = False
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
-
-
-class ToolBox:
-    """The special tokens and the tool of the loop: expression tokens in, forced tokens out."""
-
-    def __init__(self, tokenizer: Tokenizer, tools: Mapping[str, Tool]) -> None:
-        self.tokenizer, self.tools = tokenizer, tools
-        self.call_start, self.call_end = self._id("<|python_start|>"), self._id("<|python_end|>")
-        self.output_start, self.output_end = self._id("<|output_start|>"), self._id("<|output_end|>")
-        self.assistant_end = self._id("<|assistant_end|>")
-        self.terminals = {self.assistant_end, tokenizer.get_bos_token_id()}
-        self.outcomes: Counter[str] = Counter()
-
-    def _id(self, name: str) -> int:
-        try:
-            token = self.tokenizer.encode_special(name)
-        except KeyError:
-            token = None
-        return -1 if token is None else token  # a vocabulary without tools never emits -1
-
-    def answer(self, call: Sequence[int]) -> list[int]:
-        """Tokens to force after a call; none if the tool has no answer."""
-        tool = self.tools.get("python")
-        if tool is None or not call:
-            return []
-        try:
-            text = tool(self.tokenizer.decode(call))
-        except Exception:  # a tool is foreign code, and must not end the other rows
-            self.outcomes["error"] += 1
-            return []
-        self.outcomes["ok" if text is not None else "rejected"] += 1
-        if text is None:
-            return []
-        return [self.output_start, *self.tokenizer.encode(str(text)), self.output_end]
-
-
-class Slots:
-    """Rows of one growing cache. Row i belongs to the i-th running request."""
-
-    def __init__(self, model: GPT, max_rows: int) -> None:
-        self.model, self.max_rows = model, max_rows
-        self.cache = self._allocate(0, 0)
-
-    def _allocate(self, rows: int, length: int) -> KVCache:
-        config, model = self.model.config, self.model
-        head_dim = config.n_embd // config.n_head
-        return KVCache(
-            rows, config.n_kv_head, length, head_dim, config.n_layer, model.get_device(), model.compute_dtype
-        )
-
-    def reserve(self, rows: int, length: int) -> None:
-        """Make room for rows of a length, doubling what is too small."""
-        old = self.cache
-        if rows <= old.batch_size and length <= old.max_seq_len:
-            return
-        if rows > old.batch_size:
-            rows = max(rows, min(2 * old.batch_size, self.max_rows))
-        if length > old.max_seq_len:
-            length = max(length, min(2 * old.max_seq_len, ROTARY_FACTOR * self.model.config.sequence_len))
-        rows, length = max(rows, old.batch_size), max(length, old.max_seq_len)
-        new = self._allocate(rows, -(-length // SLOT_STEP) * SLOT_STEP)
-        for source, target in ((old.k_cache, new.k_cache), (old.v_cache, new.v_cache)):
-            target[:, : old.batch_size, : old.max_seq_len] = source
-        new.positions[: old.batch_size] = old.positions
-        if old.prev_embedding is not None:
-            new.prev_embedding = old.prev_embedding.new_zeros(rows, *old.prev_embedding.shape[1:])
-            new.prev_embedding[: old.batch_size] = old.prev_embedding
-        self.cache = new
-
-    def forward(self, first: int, last: int, ids: torch.Tensor, lengths: list[int] | None) -> torch.Tensor:
-        """Run ids (last - first, T) through rows first..last; logits (rows, V) of each row's last real token.
-
-        With lengths the rows start from nothing.
-        """
-        whole, part = self.cache, copy.copy(self.cache)
-        part.k_cache, part.v_cache = whole.k_cache[:, first:last], whole.v_cache[:, first:last]
-        fresh = lengths is not None
-        part.positions = [0] * (last - first) if fresh else whole.positions[first:last]
-        previous = whole.prev_embedding
-        part.prev_embedding = None if fresh or previous is None else previous[first:last]
-        logits = self.model.forward(ids, kv_cache=part, lengths=lengths, last_only=True)
-        whole.positions[first:last] = part.positions
-        if part.prev_embedding is not None:
-            if whole.prev_embedding is None:
-                shape = (whole.batch_size, *part.prev_embedding.shape[1:])
-                whole.prev_embedding = part.prev_embedding.new_zeros(shape)
-            whole.prev_embedding[first:last] = part.prev_embedding
-        return logits[:, -1]
-
-    def copy(self, sources: Sequence[int], first: int) -> None:
-        """Make rows first, first + 1, ... equal to the source rows."""
-        if not sources:
-            return
-        cache, last, rows = self.cache, first + len(sources), list(sources)
-        filled = max(cache.positions[row] for row in rows)
-        cache.k_cache[:, first:last, :filled] = cache.k_cache[:, rows, :filled]
-        cache.v_cache[:, first:last, :filled] = cache.v_cache[:, rows, :filled]
-        cache.positions[first:last] = [cache.positions[row] for row in rows]
-        if cache.prev_embedding is not None:
-            cache.prev_embedding[first:last] = cache.prev_embedding[rows]
-
-    def longest(self, rows: int) -> int:
-        return max(self.cache.positions[:rows], default=0)
+def default_cache_bytes(device: torch.device) -> int:
+    """Memory for keys and values: on a GPU 80 % of what is free, elsewhere a quarter of the machine's."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(0.8 * (torch.cuda.mem_get_info(device)[0] + cached))
+    if not hasattr(os, "sysconf"):  # Windows
+        return 2 << 30
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 
 
 class Scheduler:
-    """Waiting and running requests over one cache. Not thread-safe: one thread submits, steps and cancels."""
+    """Waiting and running requests over one cache. Not thread-safe: one thread submits, steps and cancels.
 
-    def __init__(self, model: GPT, toolbox: ToolBox, max_batch: int) -> None:
+    max_bytes bounds the keys and values of the rows and of the prefix store together; half of it may be the
+    store's. chunk_tokens bounds a prefill chunk. Defaults suit the device.
+    """
+
+    def __init__(
+        self,
+        model: CachedModel,
+        toolbox: ToolBox,
+        max_batch: int,
+        max_bytes: int | None = None,
+        chunk_tokens: int | None = None,
+        prefixes: PrefixStore | None = None,
+    ) -> None:
+        device = model.get_device()
         self.model, self.toolbox, self.max_batch = model, toolbox, max_batch
+        self.max_bytes = default_cache_bytes(device) if max_bytes is None else max_bytes
+        self.chunk_tokens = chunk_tokens or (CPU_CHUNK_TOKENS if device.type == "cpu" else CHUNK_TOKENS)
+        self.prefixes = PrefixStore() if prefixes is None else prefixes
+        self.cache = RowCache(model, max_batch, self.chunk_tokens)
         self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # the i-th has row i
+        self.num_preemptions = 0
         self._roomless: list[Request] = []  # those that may not generate anything
-        self.running: list[Request] = []
-        self.slots: Slots | None = None
+        self._num_submitted = 0
+        self._sampled: list[Request] = []  # whose settings are in _sampling
         self._sampling: SamplingBatch | None = None
         self._keys = np.zeros(0, np.uint64)
 
@@ -185,7 +81,8 @@ class Scheduler:
         """Queue a request. Raises ValueError for a bad prompt, ContextOverflow for an impossible one."""
         prompt = tuple(tokens)
         limit = self._limit(prompt, params)
-        request = Request(prompt, params, limit, stream_key(params.seed, stream))
+        self._num_submitted += 1
+        request = Request(prompt, params, limit, stream_key(params.seed, stream), self._num_submitted)
         (self.waiting if limit else self._roomless).append(request)
         return request
 
@@ -200,7 +97,14 @@ class Scheduler:
         if len(prompt) > hard:
             raise ContextOverflow(f"the prompt has {len(prompt)} tokens, the model's positions end at {hard}")
         room = max(0, (hard if params.extend_context else config.sequence_len) - len(prompt))
-        return room if params.max_tokens is None else min(room, params.max_tokens)
+        limit = room if params.max_tokens is None else min(room, params.max_tokens)
+        needed = self.cache.bytes_for(1, len(prompt) + limit)
+        if limit and needed > self.max_bytes:
+            raise ContextOverflow(
+                f"{len(prompt)} prompt and {limit} new tokens need {needed / 1e6:.1f} MB of key/value cache, "
+                f"which may take {self.max_bytes / 1e6:.1f} MB; ask for fewer tokens or allow more memory"
+            )
+        return limit
 
     @torch.inference_mode()
     def cancel(self, request: Request) -> None:
@@ -208,24 +112,33 @@ class Scheduler:
         if request.finish_reason is not None:
             return
         request.finish_reason = "cancelled"
-        if request.limit == 0:
-            return
-        if request in self.waiting:
-            self.waiting.remove(request)
-        else:
+        if request in self.running:
             self._drop_finished()
+        elif request in self.waiting:
+            self.waiting.remove(request)
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Add one token to every running request, after letting waiting ones in. Events in row order."""
+        """Add one token to every ready request and a chunk to others, after letting waiting ones in.
+
+        Events in row order; none if only chunks of long prompts were read.
+        """
         events = self._refuse_roomless()
-        parts = [self._decode()] if self.running else []
-        parts += [self._prefill(new)] if (new := self._admissible()) else []
-        if not parts:
-            return events
-        logits = parts[0] if len(parts) == 1 else torch.cat(parts)
-        ids = self._sample(logits)
-        events += [self._extend(row, token, logits) for row, token in enumerate(ids)]
+        self._make_room()
+        self._admit()
+        num_ready = self._arrange()
+        parts, ready = [], self.running[:num_ready]
+        if ready:
+            parts.append(self._forward(0, num_ready, 1))
+        if num_ready < len(self.running):
+            logits, finished = self._prefill(num_ready)
+            parts.append(logits)
+            ready = ready + finished
+        if ready:
+            logits = parts[0] if len(parts) == 1 else torch.cat(parts)
+            ids = self._sample(ready, logits)
+            rows = zip(ready, ids, logits, strict=True)
+            events += [self._extend(request, token, scores) for request, token, scores in rows]
         self._drop_finished()
         return events
 
@@ -238,77 +151,188 @@ class Scheduler:
             request.finish_reason = "length"
         return [Event(request, None, finish_reason="length") for request in refused]
 
-    def _admissible(self) -> list[Request]:
-        """The next waiting requests for which there are rows and prefill budget; one, if a row is free."""
-        free = self.max_batch - len(self.running)
-        prompts: set[tuple[int, ...]] = set()
-        longest = count = 0
-        for request in islice(self.waiting, free):
-            prompts.add(request.prompt)
-            longest = max(longest, len(request.prompt))
-            if count and len(prompts) * longest > PREFILL_TOKENS:
-                break
-            count += 1
-        return [self.waiting.popleft() for _ in range(count)]
+    def _reserve(self, rows: int, tokens: int) -> bool:
+        """Make room for rows of a number of tokens, if need be in place of prefixes; False if there is none."""
+        needed = self.cache.bytes_for(rows, tokens)
+        if needed > self.max_bytes:
+            return False
+        self.prefixes.shrink(self.max_bytes - needed)
+        self.cache.reserve(rows, tokens, self.max_bytes - self.prefixes.nbytes)
+        return True
 
-    def _prefill(self, joining: list[Request]) -> torch.Tensor:
-        """Read the prompts into new rows; logits (len(joining), V) of their last tokens."""
-        by_prompt: dict[tuple[int, ...], list[Request]] = {}
-        for request in joining:
-            by_prompt.setdefault(request.prompt, []).append(request)
-        prompts = list(by_prompt)
-        firsts = [requests[0] for requests in by_prompt.values()]
-        copies = [(i, r) for i, requests in enumerate(by_prompt.values()) for r in requests[1:]]
-        lengths = [len(prompt) for prompt in prompts]
-        width, start = max(lengths), len(self.running)
-        if self.slots is None:
-            self.slots = Slots(self.model, self.max_batch)
-        self.slots.reserve(start + len(joining), max(width + 1, self.slots.longest(start) + 1))
-        padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
-        ids = torch.tensor(padded, dtype=torch.long, device=self.model.get_device())
-        logits = self.slots.forward(start, start + len(prompts), ids, lengths)
-        sources = [i for i, _ in copies]
-        self.slots.copy([start + i for i in sources], start + len(prompts))
-        self.running += [*firsts, *(request for _, request in copies)]
-        self._sampling = None
-        return torch.cat([logits, logits[sources]]) if sources else logits
+    def _longest(self, *others: Request) -> int:
+        return max((request.num_tokens for request in (*self.running, *others)), default=0)
 
-    def _decode(self) -> torch.Tensor:
-        """Feed every running row its last token; logits (rows, V)."""
-        assert self.slots is not None
-        rows = len(self.running)
-        self.slots.reserve(rows, self.slots.longest(rows) + 1)
-        ids = [[request.tokens[-1]] for request in self.running]
-        return self.slots.forward(0, rows, torch.tensor(ids, device=self.model.get_device()), None)
+    def _make_room(self) -> None:
+        """Grow the running rows; where memory ends, the youngest give up theirs."""
+        while self.running and not self._reserve(len(self.running), self._longest()):
+            row = max(range(len(self.running)), key=lambda i: self.running[i].order)
+            request = self.running[row]
+            request.preemptions += 1
+            self.num_preemptions += 1
+            self.waiting.appendleft(request)
+            self._remove(row)
+
+    def _admit(self) -> None:
+        """Give rows to waiting requests in their order, except to those that gain from a row being read now."""
+        if not self.waiting:
+            return
+        self.prefixes.validate(weights_version(self.model))
+        coming, whole = self._being_read()
+        for request in list(islice(self.waiting, LOOK_AHEAD)):
+            if len(self.running) >= self.max_batch:
+                return
+            tokens = request.num_tokens
+            names = request.block_names((tokens - 1) // BLOCK)
+            known = self.prefixes.match(names)
+            if tuple(request.span(0, tokens)) in whole or (
+                len(known) < len(names) and names[len(known)] in coming
+            ):
+                continue
+            if not self._reserve(len(self.running) + 1, self._longest(request)):
+                return
+            self.waiting.remove(request)
+            self._begin(request, known)
+            coming |= set(names[len(known) :])
+            whole.add(tuple(request.span(0, tokens)))
+
+    def _being_read(self) -> tuple[set[bytes], set[tuple[int, ...]]]:
+        """Names of the blocks that running rows have yet to read, and all tokens of these rows."""
+        coming: set[bytes] = set()
+        whole = set()
+        for request, position in zip(self.running, self.cache.positions, strict=True):
+            if (tokens := request.num_tokens) - position > 1:
+                coming.update(request.block_names(tokens // BLOCK)[position // BLOCK :])
+                whole.add(tuple(request.span(0, tokens)))
+        return coming, whole
+
+    def _begin(self, request: Request, known: list[torch.Tensor]) -> None:
+        row = self.cache.add_row()
+        self.running.append(request)
+        if known:
+            filled = len(known) * BLOCK
+            self.cache.load(row, known, request.span(filled - 1, filled)[0])
+            self.prefixes.tokens_reused += filled
+
+    def _remove(self, row: int) -> None:
+        self.prefixes.match(
+            self.running[row].block_names(self.cache.positions[row] // BLOCK)
+        )  # used just now
+        self.cache.remove_row(row)
+        last = self.running.pop()
+        if row < len(self.running):
+            self.running[row] = last
 
     def _drop_finished(self) -> None:
-        """Close the gaps that finished requests leave by moving the last rows into them."""
+        """End the rows of finished requests; the last rows fill the gaps."""
         done = [row for row, request in enumerate(self.running) if request.finish_reason is not None]
         for row in reversed(done):
-            last = len(self.running) - 1
-            if row != last and self.slots is not None:
-                self.slots.copy([last], row)
-                self.running[row] = self.running[last]
-            self.running.pop()
+            self._remove(row)
         if done:
-            self._sampling = None
+            self.cache.shrink()
+
+    # --- forward -------------------------------------------------------------------------------------
+
+    def _missing(self, row: int) -> int:
+        """Tokens of a row that are not in the cache."""
+        return self.running[row].num_tokens - self.cache.positions[row]
+
+    def _arrange(self) -> int:
+        """Move the ready rows, those that miss one token, to the front; their number."""
+        front, back = 0, len(self.running) - 1
+        while front <= back:
+            if self._missing(front) == 1:
+                front += 1
+            elif self._missing(back) > 1:
+                back -= 1
+            else:
+                self.cache.swap_rows(front, back)
+                self.running[front], self.running[back] = self.running[back], self.running[front]
+        return front
+
+    def _forward(self, first: int, last: int, width: int) -> torch.Tensor:
+        """Read up to width more tokens of rows first to last; logits (rows, V) after the last of each."""
+        ids, lengths, before = [], [], self.cache.positions[first:last]
+        for request, position in zip(self.running[first:last], before, strict=True):
+            span = request.span(position, min(position + width, request.num_tokens))
+            ids.append([*span, *[0] * (width - len(span))])
+            lengths.append(len(span))
+        tensor = torch.tensor(ids, dtype=torch.long, device=self.model.get_device())
+        logits = self.cache.forward(first, last, tensor, lengths if width > 1 else None)
+        for row, position in zip(range(first, last), before, strict=True):
+            self._publish(row, position)
+        return logits
+
+    def _publish(self, row: int, before: int) -> None:
+        """Put the blocks that a row has filled since it stood at `before` into the prefix store."""
+        after = self.cache.positions[row]
+        if before // BLOCK == after // BLOCK:
+            return
+        room = min(self.max_bytes // 2, self.max_bytes - self.cache.nbytes)
+        if self.cache.block_bytes > room:
+            return
+        names = self.running[row].block_names(after // BLOCK)
+        for index in range(before // BLOCK, after // BLOCK):
+            if names[index] not in self.prefixes:
+                self.prefixes.add(names[index], self.cache.block(row, index), room)
+
+    def _prefill(self, first: int) -> tuple[torch.Tensor, list[Request]]:
+        """Read a chunk of the rows from first on; the requests that have been read whole, and their logits."""
+        last, width = self._chunk_rows(first)
+        logits = self._forward(first, last, width)
+        finished = [row for row in range(first, last) if self._missing(row) == 0]
+        sources = [row - first for row in finished]
+        requests = [self.running[row] for row in finished]
+        for row in finished:
+            for twin in self._twins(self.running[row]):
+                self.cache.copy_row(row)
+                self.running.append(twin)
+                requests.append(twin)
+                sources.append(row - first)
+        return logits[sources], requests
+
+    def _chunk_rows(self, first: int) -> tuple[int, int]:
+        """(last row, width) of the next chunk: as many rows as token budget and reserved slots allow."""
+        budget = self.chunk_tokens if first else PREFILL_TOKENS
+        slots = min(self.cache.num_slots, ROTARY_FACTOR * self.model.config.sequence_len)
+        width, start, row = 0, 0, first
+        for row in range(first, len(self.running)):
+            wider = max(width, min(self._missing(row), self.chunk_tokens))
+            farthest = max(start, self.cache.positions[row])
+            if row > first and (wider * (row - first + 1) > budget or farthest + wider > slots):
+                return row, width
+            width, start = wider, farthest
+        return row + 1, width
+
+    def _twins(self, request: Request) -> list[Request]:
+        """Waiting requests with the same tokens, as many as there is room for, taken out of the line."""
+        free = self.max_batch - len(self.running)
+        tokens = request.span(0, request.num_tokens)
+        line = islice(self.waiting, LOOK_AHEAD if free else 0)
+        same = (r for r in line if r.num_tokens == len(tokens) and r.span(0, len(tokens)) == tokens)
+        twins = list(islice(same, free))
+        while twins and not self._reserve(len(self.running) + len(twins), self._longest()):
+            twins.pop()
+        for twin in twins:
+            self.waiting.remove(twin)
+        return twins
 
     # --- one token -----------------------------------------------------------------------------------
 
-    def _sample(self, logits: torch.Tensor) -> list[int]:
-        if self._sampling is None:
-            self._sampling = SamplingBatch.of([r.params for r in self.running], logits.device)
-            self._keys = np.array([r.key for r in self.running], np.uint64)
+    def _sample(self, ready: list[Request], logits: torch.Tensor) -> list[int]:
+        if self._sampling is None or ready != self._sampled:
+            self._sampled = ready
+            self._sampling = SamplingBatch.of([r.params for r in ready], logits.device)
+            self._keys = np.array([r.key for r in ready], np.uint64)
         if self._sampling.all_greedy:
             uniform = torch.empty(0)
         else:
-            steps = np.array([len(r.tokens) for r in self.running])
+            steps = np.array([len(r.tokens) for r in ready])
             uniform = torch.from_numpy(uniforms(self._keys, steps)).to(logits.device)
-        histories = [(r.prompt, r.tokens) for r in self.running]
-        return sample(logits, self._sampling, uniform, histories).tolist()
+        return sample(logits, self._sampling, uniform, [(r.prompt, r.tokens) for r in ready]).tolist()
 
-    def _extend(self, row: int, sampled: int, logits: torch.Tensor) -> Event:
-        request, tools = self.running[row], self.toolbox
+    def _extend(self, request: Request, sampled: int, logits: torch.Tensor) -> Event:
+        tools = self.toolbox
         is_sampled = not request.forced
         token = sampled if is_sampled else request.forced.popleft()
         request.tokens.append(token)
@@ -321,7 +345,7 @@ class Scheduler:
             self._track_call(request, token)
         scores = (None, ())
         if is_sampled and request.params.logprobs is not None:
-            scores = top_logprobs(logits[row], token, request.params.logprobs)
+            scores = top_logprobs(logits, token, request.params.logprobs)
         return Event(request, token, is_sampled, request.finish_reason, request.ended_by_token, *scores)
 
     def _track_call(self, request: Request, token: int) -> None:

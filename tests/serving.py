@@ -70,6 +70,9 @@ class ScriptedModel(torch.nn.Module):
             n_head=1,
             n_kv_head=1,
             n_embd=1,
+            head_dim=1,
+            use_smear=False,
+            window_sizes=[context],
         )
 
     def get_device(self) -> torch.device:

@@ -325,20 +325,19 @@ def test_should_stop_is_asked_once_per_column():
 
 
 def test_closing_the_generator_frees_the_cache(monkeypatch):
-    caches = []
-    start = Scheduler._prefill
+    schedulers = []
+    step = Scheduler.step
 
-    def spy(self, joining):
-        logits = start(self, joining)
-        caches.append(weakref.ref(self.slots.cache.k_cache))
-        return logits
+    def spy(self):
+        schedulers.append(weakref.ref(self))
+        return step(self)
 
-    monkeypatch.setattr(Scheduler, "_prefill", spy)
+    monkeypatch.setattr(Scheduler, "step", spy)
     stream = Engine(ScriptedModel(lambda history: 65), TOKENIZER).generate([1])
-    assert len(list(islice(stream, 3))) == 3 and caches[0]() is not None
+    assert len(list(islice(stream, 3))) == 3 and schedulers[0]().cache.nbytes > 0
     stream.close()
     del stream
-    assert caches[0]() is None
+    assert schedulers[0]() is None
 
 
 def test_waiting_requests_can_be_cancelled():

@@ -76,7 +76,7 @@ class ScriptedModel:
         kv_cache.advance(chunk.lengths)
         logits = torch.zeros(ids.size(0), 1, VOCAB_SIZE)
         for row, position in enumerate(kv_cache.positions):
-            history = kv_cache.k_cache[0, row, :position, 0, 0].int().tolist()
+            history = kv_cache.get_layer_cache(0)[0][row, :position, 0, 0].int().tolist()
             token = self.next_token(history)
             if token is not None:  # None: every token is equally likely
                 logits[row, 0] = -1e9

@@ -1,0 +1,110 @@
+"""A request for generation, what happens to it, and the tool that it may call."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from nanochat.prefix_store import block_names
+from nanochat.row_cache import BLOCK
+from nanochat.sampling import SamplingParams
+from nanochat.tokenizer_base import Tokenizer
+
+Tool = Callable[[str], "str | None"]
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One prompt and what has been generated for it. masks: 1 = sampled by the model, 0 = forced.
+
+    limit is how many tokens it may get, order its place in the line, preemptions how often its memory was
+    given to an older request for a while.
+    """
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    limit: int
+    key: int
+    order: int = 0
+    tokens: list[int] = field(default_factory=list)
+    masks: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    ended_by_token: bool = False
+    tool_calls: int = 0
+    preemptions: int = 0
+    forced: deque[int] = field(default_factory=deque)
+    in_call: bool = False
+    call: list[int] = field(default_factory=list)
+    _names: list[bytes] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt and of the answer so far."""
+        return len(self.prompt) + len(self.tokens)
+
+    def span(self, first: int, last: int) -> Sequence[int]:
+        """Tokens first to last of prompt and answer together."""
+        split = len(self.prompt)
+        if last <= split:
+            return self.prompt[first:last]
+        return [*self.prompt[first:], *self.tokens[max(0, first - split) : last - split]]
+
+    def block_names(self, count: int) -> list[bytes]:
+        """Names of the first `count` blocks of its tokens."""
+        known = len(self._names)
+        if count > known:
+            fresh = self.span(known * BLOCK, count * BLOCK)
+            self._names += block_names(fresh, BLOCK, self._names[-1] if known else b"")
+        return self._names[:count]
+
+
+class Event(NamedTuple):
+    """What a step did to one request: a new token, or (token None) its end without one.
+
+    finish_reason is stop, length or cancelled on the request's last event. is_terminal marks the token that
+    ended it, which is not part of the text.
+    """
+
+    request: Request
+    token: int | None
+    is_sampled: bool = False
+    finish_reason: str | None = None
+    is_terminal: bool = False
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+class ToolBox:
+    """The special tokens and the tool of the loop: expression tokens in, forced tokens out."""
+
+    def __init__(self, tokenizer: Tokenizer, tools: Mapping[str, Tool]) -> None:
+        self.tokenizer, self.tools = tokenizer, tools
+        self.call_start, self.call_end = self._id("<|python_start|>"), self._id("<|python_end|>")
+        self.output_start, self.output_end = self._id("<|output_start|>"), self._id("<|output_end|>")
+        self.assistant_end = self._id("<|assistant_end|>")
+        self.terminals = {self.assistant_end, tokenizer.get_bos_token_id()}
+        self.outcomes: Counter[str] = Counter()
+
+    def _id(self, name: str) -> int:
+        try:
+            token = self.tokenizer.encode_special(name)
+        except KeyError:
+            token = None
+        return -1 if token is None else token  # a vocabulary without tools never emits -1
+
+    def answer(self, call: Sequence[int]) -> list[int]:
+        """Tokens to force after a call; none if the tool has no answer."""
+        tool = self.tools.get("python")
+        if tool is None or not call:
+            return []
+        try:
+            text = tool(self.tokenizer.decode(call))
+        except Exception:  # a tool is foreign code, and must not end the other rows
+            self.outcomes["error"] += 1
+            return []
+        self.outcomes["ok" if text is not None else "rejected"] += 1
+        if text is None:
+            return []
+        return [self.output_start, *self.tokenizer.encode(str(text)), self.output_end]

@@ -1,0 +1,264 @@
+"""One text, many ways to compute it: chunks, company, preemption and remembered prefixes change nothing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat.engine import Completion, ContextOverflow, Engine, SamplingParams
+from nanochat.gpt import GPT
+from nanochat.row_cache import BLOCK
+from nanochat.scheduler import Scheduler
+from tests.toy_model import ByteTokenizer, ScriptedModel, random_model, scripted
+
+torch.set_num_threads(1)
+TOKENIZER = ByteTokenizer()
+GREEDY = SamplingParams(temperature=0)
+LENGTHS = [1, 2, 7, 31, 32, 33, 64, 65, 100, 150]  # around blocks, chunks and windows
+
+
+@cache
+def small_model(architecture: str) -> GPT:
+    """Two of three layers of the modern one see 8 tokens back, so that their rings have 64 slots of 192."""
+    windows = dict(short_window_divisor=24, short_window_multiple=8)
+    return random_model(architecture, sequence_len=192, n_layer=3, n_embd=32, **windows)
+
+
+def engine_for(model: GPT | ScriptedModel, rows: float = 1e6, **options) -> Engine:
+    """An engine whose memory is enough for a number of rows of the full context."""
+    row = Engine(model, TOKENIZER)._shared.cache.bytes_for(1, model.config.sequence_len)
+    return Engine(model, TOKENIZER, cache_bytes=int(rows * row), **options)
+
+
+def run(engine: Engine, prompts: Sequence[Sequence[int]], each: Sequence[SamplingParams]) -> list:
+    """Submit all and step to the end; (tokens, logprobs) of each, within the memory bound all the time."""
+    requests = [engine.submit(prompt, params) for prompt, params in zip(prompts, each, strict=True)]
+    scores: dict = {request: [] for request in requests}
+    while not engine._shared.is_idle:
+        for event in engine.step():
+            scores[event.request].append(event.logprob)
+        check_memory(engine._shared)
+    return [(request.tokens, scores[request]) for request in requests]
+
+
+def check_memory(scheduler: Scheduler) -> None:
+    held = sum(t.numel() * t.element_size() for t in (*scheduler.cache.keys, *scheduler.cache.values))
+    assert held == scheduler.cache.nbytes and held + scheduler.prefixes.nbytes <= scheduler.max_bytes
+
+
+def check_against_full_forward(model: GPT, prompt: Sequence[int], tokens: list[int], scores: list) -> None:
+    """Greedy tokens are the best of one forward pass over the whole text, scores within 1e-5 of it."""
+    with torch.inference_mode():
+        logits = model.forward(torch.tensor([[*prompt, *tokens[:-1]]]))[0, len(prompt) - 1 :]
+    assert tokens == logits.argmax(-1).tolist()
+    expected = logits.log_softmax(-1).amax(-1)
+    assert torch.allclose(torch.tensor(scores), expected, rtol=0, atol=1e-5)
+
+
+# --- exactness ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["classic", "modern"])
+def test_every_way_gives_the_tokens_of_the_full_forward(architecture):
+    model, rng = small_model(architecture), random.Random(0)
+    prompts = [rng.choices(range(256), k=length) for length in LENGTHS]
+    each = [SamplingParams(temperature=0, max_tokens=rng.randrange(8, 40), logprobs=0) for _ in prompts]
+    alone = [run(engine_for(model), [p], [e])[0] for p, e in zip(prompts, each, strict=True)]
+    for prompt, (tokens, scores) in zip(prompts, alone, strict=True):
+        check_against_full_forward(model, prompt, tokens, scores)
+
+    def same(found: list) -> None:
+        assert [tokens for tokens, _ in found] == [tokens for tokens, _ in alone]
+        for (_, scores), (_, expected) in zip(found, alone, strict=True):
+            assert scores == pytest.approx(expected, rel=0, abs=1e-5)
+
+    same(run(engine_for(model), prompts, each))  # batched with strangers
+    same(run(engine_for(model, chunk_tokens=16, max_batch=4), prompts, each))  # chunks
+    tight = engine_for(model, rows=2.5, chunk_tokens=16)
+    same(run(tight, prompts, each))
+    assert tight._shared.num_preemptions > 0
+    again = engine_for(model, chunk_tokens=16)
+    run(again, prompts, each)
+    assert again.prefixes.tokens_reused == 0
+    same(run(again, prompts, each))
+    assert again.prefixes.tokens_reused == sum((n - 1) // BLOCK * BLOCK for n in LENGTHS)
+
+
+def test_seeded_samples_survive_preemption_and_company():
+    model, rng = small_model("modern"), random.Random(3)
+    prompts = [rng.choices(range(256), k=rng.randrange(1, 120)) for _ in range(9)]
+    each = [SamplingParams(top_k=20, seed=i, max_tokens=30, repetition_penalty=1.1) for i in range(9)]
+    alone = [Engine(model, TOKENIZER).complete_many([p], [s])[0] for p, s in zip(prompts, each, strict=True)]
+    for rows in (1.2, 3):
+        assert engine_for(model, rows, chunk_tokens=16).complete_many(prompts, each) == alone
+
+
+@settings(max_examples=3, derandomize=True, deadline=None)
+@given(
+    choices=st.lists(st.integers(0, 2**20), min_size=520, max_size=520),
+    rows=st.sampled_from([1.4, 2.5, 4]),
+    max_batch=st.sampled_from([2, 7]),
+)
+def test_random_schedules(choices, rows, max_batch):
+    """520 events: submits (often of known beginnings), cancels, steps, and preemptions as memory demands."""
+    model = small_model("modern")
+    engine = engine_for(model, rows, chunk_tokens=16, max_batch=max_batch)
+    roots = [random.Random(i).choices(range(256), k=100) for i in range(3)]
+    live: dict = {}
+    for choice in choices:
+        rng = random.Random(choice)
+        if choice % 5 == 0 and len(live) < 12:
+            prompt = rng.choice(roots)[: rng.randrange(1, 101)] + rng.choices(range(256), k=rng.randrange(30))
+            live[engine.submit(prompt, replace(GREEDY, max_tokens=rng.randrange(1, 50), logprobs=0))] = []
+        elif choice % 40 == 1 and live:
+            request = rng.choice(list(live))
+            engine.cancel(request)
+            del live[request]
+        else:
+            for event in engine.step():
+                live[event.request].append(event.logprob)
+                if event.finish_reason:
+                    scores = live.pop(event.request)
+                    check_against_full_forward(model, event.request.prompt, event.request.tokens, scores)
+            check_memory(engine._shared)
+    for request in list(live):
+        engine.cancel(request)
+    assert engine._shared.is_idle and engine.step() == [] and engine._shared.cache.nbytes == 0
+
+
+# --- joining, leaving, memory ------------------------------------------------------------------------
+
+
+def test_a_long_prompt_does_not_stop_the_others():
+    model = ScriptedModel(lambda history: 65)
+    engine = Engine(model, TOKENIZER, chunk_tokens=8)
+    talking = engine.submit([1, 2], SamplingParams(max_tokens=40))
+    engine.step()
+    newcomer = engine.submit([3] * 60, SamplingParams(max_tokens=1))
+    for _ in range(8):
+        model.calls.clear()
+        events = engine.step()
+        assert events[0].request is talking
+        assert model.calls[0] == (1, 1) and all(width <= 8 for _, width in model.calls)
+    assert events[-1].request is newcomer and newcomer.finish_reason == "length"
+
+
+def test_memory_that_ends_takes_the_youngest_and_gives_it_back():
+    model = ScriptedModel(lambda history: (sum(history) * 31 + len(history)) % 251)
+    plenty, tight = engine_for(model), engine_for(model, rows=1)
+    prompts = [[i, 7] for i in range(4)]
+    each = [SamplingParams(temperature=0, max_tokens=100)] * 4
+    expected = run(plenty, prompts, each)
+    requests = [tight.submit(prompt, params) for prompt, params in zip(prompts, each, strict=True)]
+    order = [e.request for _ in range(600) for e in tight.step() if e.finish_reason]
+    assert order == requests, "first come, first served"
+    assert [(r.tokens, [None] * 100) for r in requests] == expected
+    assert requests[0].preemptions == 0 and tight._shared.num_preemptions > 0
+
+
+def test_a_preempted_tool_call_is_continued():
+    call = ["<|python_start|>", "2*3", "<|python_end|>", "..."]
+    answers = {key: [*(["x"] * n), *call, *["y"] * (90 - n)] for key, n in (("a", 58), ("b", 60), ("c", 62))}
+    prompts = [TOKENIZER.encode(key) for key in answers]
+    expected = Engine(scripted(answers), TOKENIZER).complete_many(prompts, GREEDY)
+    tight = engine_for(scripted(answers), rows=1)
+    requests = [tight.submit(prompt, GREEDY) for prompt in prompts]
+    while not tight._shared.is_idle:
+        tight.step()
+    assert tight._shared.num_preemptions > 0 and [c.tool_calls for c in expected] == [1, 1, 1]
+    for request, completion in zip(requests, expected, strict=True):
+        assert (request.tokens, request.masks) == (completion.tokens, completion.masks)
+
+
+def test_samples_that_do_not_fit_together_still_come_in_columns():
+    model = small_model("modern")
+    roomy, tight = engine_for(model), engine_for(model, rows=1.5)
+    expected = list(roomy.generate([5] * 40, num_samples=4, max_tokens=100))
+    assert list(tight.generate([5] * 40, num_samples=4, max_tokens=100)) == expected
+
+
+def test_a_request_that_could_never_fit_is_refused():
+    engine = engine_for(small_model("classic"), rows=0.5)
+    with pytest.raises(ContextOverflow, match="key/value cache"):
+        engine.submit([1] * 100, SamplingParams())
+
+
+def test_windowed_layers_keep_little_more_than_their_window():
+    engine = Engine(small_model("modern"), TOKENIZER, chunk_tokens=16)
+    engine.submit([9] * 150, SamplingParams(temperature=0, max_tokens=30))
+    for _ in range(12):
+        engine.step()
+    assert [keys.size(1) for keys in engine._shared.cache.keys] == [64, 64, 192]
+
+
+def test_cancelling_frees_the_memory():
+    engine = Engine(ScriptedModel(lambda history: 65), TOKENIZER)
+    requests = [engine.submit([i] * 20, SamplingParams()) for i in range(8)]
+    engine.step()
+    before = engine._shared.cache.nbytes
+    for request in requests[:7]:
+        engine.cancel(request)
+    engine.step()
+    assert engine._shared.cache.nbytes <= before / 4
+    engine.cancel(requests[7])
+    assert engine._shared.cache.nbytes == 0
+
+
+# --- reading equal beginnings once -------------------------------------------------------------------
+
+
+def tokens_read(model: ScriptedModel) -> int:
+    return sum(rows * width for rows, width in model.calls)
+
+
+def complete(engine: Engine, prompts: list[list[int]], max_tokens: int = 1) -> list[Completion]:
+    return engine.complete_many(prompts, SamplingParams(temperature=0, max_tokens=max_tokens))
+
+
+def test_samples_of_one_prompt_read_it_once():
+    model = ScriptedModel(lambda history: 65)
+    complete(Engine(model, TOKENIZER), [[7] * 100] * 16)
+    assert tokens_read(model) == 100
+    model.calls.clear()
+    complete(Engine(model, TOKENIZER, chunk_tokens=30, max_batch=8), [[7] * 100] * 16)
+    assert tokens_read(model) <= 100 + 20 + 8 * 4, "the second eight find three blocks of 32"
+
+
+def test_prompts_with_the_same_examples_read_them_once():
+    model = ScriptedModel(lambda history: sum(history) % 251)
+    examples = random.Random(0).choices(range(256), k=3 * BLOCK)
+    prompts = [[*examples, i, i + 1] for i in range(10)]
+    found = complete(Engine(model, TOKENIZER), prompts)
+    assert [c.tokens for c in found] == [[sum(prompt) % 251] for prompt in prompts]
+    assert tokens_read(model) == 3 * BLOCK + 10 * 2
+
+
+def test_the_next_turn_of_a_chat_reads_only_what_is_new():
+    model = ScriptedModel(lambda history: 65)
+    engine = Engine(model, TOKENIZER)
+    first = [7] * 50
+    answer = [column[0] for column, _ in engine.generate(first, max_tokens=30)]
+    model.calls.clear()
+    second = [*first, *answer, *[8] * 10]
+    assert len(list(engine.generate(second, max_tokens=1))) == 1
+    assert tokens_read(model) == len(second) - 64
+
+
+def test_other_weights_forget_the_prefixes():
+    model, prompt = random_model("classic"), [3] * 40
+    engine = Engine(model, TOKENIZER)
+    list(engine.generate(prompt, max_tokens=2))
+    assert len(engine.prefixes) == 1
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1)
+        model.transformer["h"][0].attn.c_v.weight.add_(0.3)
+    found = [column[0] for column, _ in engine.generate(prompt, max_tokens=8, temperature=0)]
+    assert found == list(model.generate(prompt, len(found), temperature=0))
+    assert engine.prefixes.tokens_reused == 0
