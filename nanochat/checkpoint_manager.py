@@ -68,6 +68,11 @@ def _save_tensors(path: Path, value: object) -> dict:
     return {"size": writer.size, "sha256": writer.sha256.hexdigest()}
 
 
+def host_copy(model: GPT) -> dict[str, torch.Tensor]:
+    """The weights as they are now, which training on does not change."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+
+
 def save_checkpoint(
     directory: Path,
     step: int,
@@ -77,14 +82,30 @@ def save_checkpoint(
     tokenizer: RustBPETokenizer | None = None,
     keep_last: int = 0,
 ) -> None:
-    """Write a checkpoint (rank 0 calls this). It counts only once its meta file is there.
+    """Write a checkpoint of a model (rank 0 calls this), as write_checkpoint does."""
+    write_checkpoint(
+        directory, step, model.config, host_copy(model), meta, optimizer_state, tokenizer, keep_last
+    )
 
+
+def write_checkpoint(
+    directory: Path,
+    step: int,
+    config: GPTConfig,
+    weights: dict[str, torch.Tensor],
+    meta: dict,
+    optimizer_state: dict | None = None,
+    tokenizer: RustBPETokenizer | None = None,
+    keep_last: int = 0,
+) -> None:
+    """Write a checkpoint from copies, in any thread. It counts only once its meta file is there.
+
+    weights: on the host, see host_copy; nobody else may change them or the optimizer state meanwhile.
     keep_last: how many checkpoints to keep in the folder; 0 keeps all.
     """
     directory.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         tokenizer.save(directory / "tokenizer")
-    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     files = {f"model_{step:06d}.pt": _save_tensors(directory / f"model_{step:06d}.pt", weights)}
     if optimizer_state is not None:
         name = f"optim_{step:06d}.pt"
@@ -92,7 +113,7 @@ def save_checkpoint(
     complete = {
         "format": FORMAT_VERSION,
         "step": step,
-        "model_config": stored_config(model.config),
+        "model_config": stored_config(config),
         **meta,
         "files": files,
     }

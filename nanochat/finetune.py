@@ -34,6 +34,9 @@ class FinetuneConfig:
     run: str = option("dummy", "wandb run name; dummy: no wandb")
     device_type: str = option("", "cuda, mps or cpu; empty: the best there is")
     compile: str = option("auto", "compile the step", choices=("auto", "on", "off"))
+    precision: str = option(
+        "auto", "numbers that are multiplied", choices=("auto", "fp32", "bf16", "fp16", "fp8")
+    )
     source: str = option("base", "stage whose model to start from", choices=("base", "mid", "sft"))
     model_tag: str | None = option(None, "checkpoint folder to read; default the largest")
     model_step: int | None = option(None, "step of the source model; default the last")
@@ -52,6 +55,7 @@ class FinetuneConfig:
     warmup_ratio: float = option(0.0, "part of the run with rising learning rate")
     warmdown_ratio: float = option(0.2, "part of the run with falling learning rate")
     final_lr_frac: float = option(0.0, "learning rate at the end, relative to the peak")
+    clip_norm: float = option(0.0, "clip the gradient to this norm; 0: off")
     eval_every: int = option(150, "steps between validations; -1: off")
     eval_tokens: int = option(20 * 524288, "validation tokens")
     save_every: int = option(-1, "steps between checkpoints; -1: only at the end and when interrupted")
@@ -89,14 +93,14 @@ def finetune(
     from nanochat.trainer import TrainingPlan, find_resume_point, train
 
     with distributed(cfg.device_type) as world:
-        dtype, compiled = announce(world, cfg.compile)
+        precision, compiled = announce(world, cfg.compile, cfg.precision)
         source = Checkpoint.open(*locate(cfg.source, cfg.model_tag, cfg.model_step))
         print0(f"source model: {source.directory} step {source.step}")
         tokenizer, directory = source.tokenizer(), output_folder(stage, source.directory, cfg.output_tag)
         resume_from = find_resume_point(directory, world, cfg.resume)
         sizes = inherit_sizes(cfg, source, world)
-        model = (resume_from or source).model(world.device, dtype, sizes.max_seq_len)
-        announce_model(model)
+        model = (resume_from or source).model(world.device, precision.dtype, sizes.max_seq_len)
+        announce_model(model, precision)
 
         total, rows, length = sizes.total_batch_size, sizes.device_batch_size, sizes.max_seq_len
         accumulation = accumulation_steps(total, rows, length, world.size)
@@ -125,6 +129,7 @@ def finetune(
             save_every=cfg.save_every,
             keep_last=cfg.keep_last,
             compile=compiled,
+            clip_norm=cfg.clip_norm,
             save=not cfg.dry_run,
             extra_meta={
                 "device_batch_size": rows,

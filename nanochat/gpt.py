@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from nanochat.common import UserError
 from nanochat.flash_attention import cached_attention, causal_attention
+from nanochat.head_loss import head_loss
 from nanochat.kv_cache import Cache, Chunk, ContextOverflow
 
 if TYPE_CHECKING:
@@ -393,8 +394,8 @@ class GPT(nn.Module):
         return cap * torch.tanh(logits / cap)
 
     def _loss(self, x: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
-        logits = self.logits(x).view(-1, self.config.vocab_size)
-        return F.cross_entropy(logits, targets.reshape(-1), ignore_index=-1, reduction=reduction)
+        vocab, cap = self.config.vocab_size, self.config.logit_softcap
+        return head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), vocab, cap, reduction)
 
     # --- accounting ------------------------------------------------------------------------------
 

@@ -64,18 +64,19 @@ class MuonAdamW:
 
     @torch.no_grad()
     def step(
-        self, *, clip_norm: float = 0.0, skip_nonfinite: bool = False, loss_scale: float = 1.0
+        self, *, clip_norm: float = 0.0, skip: Tensor | None = None, loss_scale: float = 1.0
     ) -> Tensor | None:
         """Sum the gradients over the ranks and update every parameter; afterwards all ranks are identical.
 
         With any option, returns the norm of the whole gradient (0-dim fp32 on the device, before clipping):
-        clip_norm > 0 scales the gradient down to that norm; loss_scale is what the loss was multiplied by; in
-        all these cases a norm that is not finite turns the step into a no-op, state included. No host sync.
+        clip_norm > 0 scales the gradient down to that norm; loss_scale is what the loss was multiplied by; skip is
+        a 0-dim bool, the same on all ranks. Where it is true, and with any option where the norm is not finite,
+        the step is a no-op, state included. No host sync.
         With one rank, parameters without a gradient are left alone; with more, they are a RuntimeError.
         """
-        guarded = clip_norm > 0 or skip_nonfinite or loss_scale != 1.0
+        guarded = clip_norm > 0 or skip is not None or loss_scale != 1.0
         reductions = deque(unit.reduce() for _, unit in self._units)
-        guard = self._guard(reductions, clip_norm, loss_scale) if guarded else None
+        guard = self._guard(reductions, clip_norm, skip, loss_scale) if guarded else None
         gathers = []
         for group, unit in self._units:
             reduction = reductions.popleft()  # so that its buffer is freed as soon as the unit is done
@@ -85,7 +86,9 @@ class MuonAdamW:
                 unit.finish(gather.wait())
         return guard.norm if guard else None
 
-    def _guard(self, reductions: Iterable[Flight | None], clip_norm: float, loss_scale: float) -> Guard:
+    def _guard(
+        self, reductions: Iterable[Flight | None], clip_norm: float, skip: Tensor | None, loss_scale: float
+    ) -> Guard:
         """Waits for all gradients, so it gives up the overlap. What all ranks hold is counted by rank 0 alone."""
         pairs = [
             (unit, flight.wait()) for (_, unit), flight in zip(self._units, reductions, strict=True) if flight
@@ -98,7 +101,8 @@ class MuonAdamW:
             dist.all_reduce(total)
         norm = total.sqrt() / loss_scale
         limit = (clip_norm / norm.clamp_min(1e-12)).clamp_max(1.0) if clip_norm > 0 else torch.ones_like(norm)
-        return Guard(norm, limit / loss_scale, (~norm.isfinite()).float())
+        unusable = ~norm.isfinite() if skip is None else skip | ~norm.isfinite()
+        return Guard(norm, limit / loss_scale, unusable.float())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, or fill them with zeros."""

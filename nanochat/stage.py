@@ -10,7 +10,6 @@ from nanochat.checkpoint_manager import stage_dir
 from nanochat.common import (
     UserError,
     World,
-    compute_dtype,
     data_source,
     device_name,
     peak_memory_bytes,
@@ -21,30 +20,31 @@ from nanochat.compilation import should_compile
 from nanochat.flash_attention import describe_backend
 from nanochat.gpt import GPT
 from nanochat.metrics import Value, duration
+from nanochat.precision import Precision, choose_precision
 from nanochat.report import get_report
 from nanochat.trainer import LoopState, TrainingPlan
 
 
-def announce(world: World, compile_flag: str) -> tuple[torch.dtype, bool]:
-    """Print on what the run runs and why; returns (compute dtype, compile or not)."""
+def announce(world: World, compile_flag: str, precision_flag: str = "auto") -> tuple[Precision, bool]:
+    """Print on what the run runs and why; returns (what it computes in, compile or not)."""
     device = world.device
-    dtype, why_dtype = compute_dtype(device)
+    precision = choose_precision(precision_flag, device)
     compiled, why_compiled = should_compile(compile_flag, device)
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     print0(f"device: {device_name(device)}{threads} x {world.size} ranks")
-    print0(f"compute dtype: {str(dtype)[6:]} ({why_dtype})")
-    print0(f"attention: {describe_backend(device, dtype)}")
+    print0(f"attention: {describe_backend(device, precision.dtype)}")
     print0(f"torch.compile: {'on' if compiled else 'off'} ({why_compiled})")
     print0(f"data source: {data_source()}")
-    return dtype, compiled
+    return precision, compiled
 
 
-def announce_model(model: GPT) -> None:
-    """Print the configuration and what the parameters add up from."""
+def announce_model(model: GPT, precision: Precision) -> None:
+    """Print the configuration, what the parameters add up from, and what is multiplied in which numbers."""
     print0(f"model: {model.config}")
     for name, count in model.num_scaling_params().items():
         print0(f"  {name:<22} {count:>16,}")
     print0(f"FLOPs per token: {model.estimate_flops():.3e}")
+    print0(f"precision: {precision.apply(model)}")
 
 
 def announce_batch(total: int, rows: int, seq_len: int, world: World, accumulation: int) -> None:

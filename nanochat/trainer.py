@@ -1,7 +1,8 @@
 """The one training loop. Base, mid-training and SFT differ in data, schedule and evaluations, not here.
 
 A step reads from top to bottom in `_train_step`: fetch the micro-batches, count their targets over all ranks,
-add up gradients of (sum of losses / that count), set the schedule, update. Because of the count, neither the
+add up gradients of (sum of losses / that count), set the schedule, update; then read the loss, which is the only
+time that the step waits for the device. Because of the count, neither the
 split into micro-batches nor the number of ranks nor the packing changes what a target weighs, and a
 micro-batch without targets adds zero instead of NaN.
 """
@@ -13,8 +14,11 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -23,15 +27,18 @@ import torch
 from nanochat.checkpoint_manager import (
     Checkpoint,
     delete_checkpoints,
+    host_copy,
     newest_good_step,
     refuse_irreplaceable,
-    save_checkpoint,
     update_meta,
+    write_checkpoint,
 )
 from nanochat.common import UserError, World, device_name, peak_flops, peak_memory_bytes, print0, synchronize
+from nanochat.fp8 import without_float8
 from nanochat.gpt import GPT
 from nanochat.metrics import MetricsLog, StatusLine, Value, duration
 from nanochat.optim import MuonAdamW
+from nanochat.precision import first_loss_scale, next_loss_scale
 from nanochat.schedule import Schedule
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -80,6 +87,7 @@ class TrainingPlan:
     save_every: int = -1
     keep_last: int = 0
     compile: bool = False
+    clip_norm: float = 0.0  # of the whole gradient; 0: as it is
     save: bool = True
     extra_meta: dict = field(default_factory=dict)
 
@@ -92,6 +100,9 @@ class LoopState:
     smooth_loss: float = 0.0
     total_training_time: float = 0.0
     skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    loss_scale: float = 1.0
+    good_steps: int = 0  # in a row, since a step was skipped
     results: dict[str, Value] = field(default_factory=dict)  # newest value of everything measured
     min_val_bpb: float = math.inf
 
@@ -134,7 +145,7 @@ def train(
     make_loader: builds the data loader from a saved state or from None.
     SIGTERM and Ctrl-C finish the running step, save, and raise KeyboardInterrupt.
     """
-    state, loader_state = LoopState(), None
+    state, loader_state = LoopState(loss_scale=first_loss_scale(model.compute_dtype)), None
     if resume_from is not None:
         state, loader_state = _restore(resume_from, plan, optimizer)
         print0(f"resuming {plan.stage} at step {state.step} from {resume_from.directory}")
@@ -150,8 +161,9 @@ def train(
         config=plan.settings,
     )
     try:
-        with log, graceful_stop() as stop:
+        with log, graceful_stop() as stop, loop.writer:
             loop.run(log, stop)
+            loop.wait_for_files()
     finally:
         gc.unfreeze()
         gc.enable()
@@ -221,21 +233,26 @@ class _Loop:
         device = self.world.device
         self.peak = peak_flops(device_name(device)) if device.type == "cuda" else None
         self.first_step = self.state.step
-        self.skipped_in_a_row = 0
+        # Files are written while training goes on; leaving the `with` of the executor waits for the last one.
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.writing: Future[None] | None = None
 
     def run(self, log: MetricsLog, stop: list[int]) -> None:
         state, last_step = self.state, self.plan.schedule.num_steps
         while True:
             if self._save_due(last_step):
-                self._save()  # before evaluating: an evaluation may fail, the model may not be lost
+                self._save()  # before evaluating
             self._evaluate(log, last_step)
             if state.step >= last_step:
                 self._save_results()
                 return
             if stop_requested(stop, self.world):
                 self._save()
+                self.wait_for_files()
                 raise KeyboardInterrupt
             self._timed_step(log)
+            if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                self._give_up()
 
     def _save_due(self, last_step: int) -> bool:
         step, every = self.state.step, self.plan.save_every
@@ -247,7 +264,7 @@ class _Loop:
     def _timed_step(self, log: MetricsLog) -> None:
         state = self.state
         started = time.perf_counter()
-        loss = self._train_step()
+        loss, norm = self._train_step()
         synchronize(self.world.device)
         seconds = time.perf_counter() - started
         state.step += 1
@@ -255,39 +272,57 @@ class _Loop:
             state.total_training_time += seconds
         if math.isfinite(loss):
             state.smooth_loss += 0.1 * (loss - state.smooth_loss) if state.step > 1 else loss
-        self._report(log, loss, seconds)
+        self._report(log, loss, norm, seconds)
         _tame_garbage_collector(state.step - self.first_step)
 
-    def _train_step(self) -> float:
-        """One optimizer step; returns the loss per target over all ranks."""
+    def _train_step(self) -> tuple[float, float]:
+        """One optimizer step; returns the loss per target and the norm of the gradient, over all ranks."""
         batches = [next(self.loader) for _ in range(self.plan.accumulation)]
         count = self.world.sum(torch.stack([(targets >= 0).sum() for _, targets in batches]).sum())
         total = torch.zeros((), device=self.world.device)
         for inputs, targets in batches:
             loss = self.forward(inputs, targets, loss_reduction="sum") / count.clamp(min=1)
-            loss.backward()
+            (loss * self.state.loss_scale).backward()
             total += loss.detach()
-        value = self.world.sum(total).item()
-        if math.isfinite(value) and count.item() > 0:
-            self.plan.schedule.apply(self.optimizer, self.state.step)
-            self.optimizer.step()
-            self.skipped_in_a_row = 0
-        else:
-            self._skip(value)
+        self.world.sum(total)
+        self.plan.schedule.apply(self.optimizer, self.state.step)
+        unusable = ~total.isfinite() | (count == 0)
+        norm = self.optimizer.step(
+            clip_norm=self.plan.clip_norm, skip=unusable, loss_scale=self.state.loss_scale
+        )
         self.model.zero_grad(set_to_none=True)
-        return value
+        assert norm is not None
+        loss, norm, targets = torch.stack([total, norm, count.float()]).tolist()
+        self._note_usable(loss, norm, targets)
+        return loss, norm
 
-    def _skip(self, loss: float) -> None:
-        self.state.skipped_steps += 1
-        self.skipped_in_a_row += 1
-        self.status.note(f"step {self.state.step}: loss is {loss}; the step is skipped")
-        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise UserError(
-                f"{MAX_SKIPPED_IN_A_ROW} steps in a row gave no usable loss; the last checkpoint in"
-                f" {self.plan.directory} is good. Lower the learning rates or raise --warmup-steps"
+    def _note_usable(self, loss: float, norm: float, targets: float) -> None:
+        """Count steps that the optimizer skipped, and say so; these are the same on all ranks."""
+        state = self.state
+        usable = math.isfinite(loss) and math.isfinite(norm) and targets > 0
+        if usable:
+            state.skipped_in_a_row, state.good_steps = 0, state.good_steps + 1
+        else:
+            state.skipped_in_a_row, state.good_steps = state.skipped_in_a_row + 1, 0
+            state.skipped_steps += 1
+            scaled = f" at loss scale {state.loss_scale:g}" if state.loss_scale != 1.0 else ""
+            self.status.note(
+                f"step {state.step}: loss {loss}, gradient norm {norm}{scaled}, {targets:.0f} targets; the step is skipped"
             )
+        state.loss_scale = next_loss_scale(state.loss_scale, usable, state.good_steps)
 
-    def _report(self, log: MetricsLog, loss: float, seconds: float) -> None:
+    def _give_up(self) -> None:
+        """The weights are still good, because no skipped step has touched them; they are saved."""
+        if self.plan.save:
+            self._save()
+            self.wait_for_files()
+        raise UserError(
+            f"{MAX_SKIPPED_IN_A_ROW} steps in a row gave no usable loss or gradient; the state is saved in"
+            f" {self.plan.directory}. Lower the learning rates, raise --warmup-steps or set --clip-norm=1, and"
+            " start over with --resume=never"
+        )
+
+    def _report(self, log: MetricsLog, loss: float, norm: float, seconds: float) -> None:
         plan, state = self.plan, self.state
         last_step, tokens = plan.schedule.num_steps, plan.total_batch_size
         speed = tokens / seconds
@@ -302,6 +337,7 @@ class _Loop:
             {
                 "tokens": state.step * tokens,
                 "train/loss": loss,
+                "train/grad_norm": norm,
                 "train/lrm": multiplier,
                 "train/lr_matrix": lr,
                 "train/dt": seconds,
@@ -336,7 +372,8 @@ class _Loop:
             if not evaluation.is_due(self.state.step, last_step):
                 continue
             self.model.eval()
-            with torch.no_grad():
+            self.wait_for_files()  # an evaluation may fail or be killed; the model may not be lost
+            with torch.no_grad(), without_float8(self.model):
                 values = evaluation.measure(self.state.step)
             self.model.train()
             if isinstance(bpb := values.get("val/bpb"), float):
@@ -348,28 +385,46 @@ class _Loop:
                 self.status.note(f"step {self.state.step:05d} | {shown}")
 
     def _save(self) -> None:
-        """All ranks take part, because the optimizer state is spread over them; rank 0 writes."""
-        plan, step = self.plan, self.state.step
+        """All ranks take part, because the optimizer state is spread over them; rank 0 writes, in the background."""
+        plan, step, started = self.plan, self.state.step, time.perf_counter()
         optimizer_state = self.optimizer.full_state_dict()
-        if self.world.is_main:
-            meta = {
-                "stage": plan.stage,
-                "num_steps": plan.schedule.num_steps,
-                "user_config": plan.settings,
-                "total_batch_size": plan.total_batch_size,
-                "world_size": self.world.size,
-                "dataloader_state_dict": self.loader.state_dict(),
-                **self._results(),
-                **plan.extra_meta,
-            }
-            save_checkpoint(
-                plan.directory, step, self.model, meta, optimizer_state, self.tokenizer, plan.keep_last
-            )
-            self.status.note(f"saved step {step} in {plan.directory}")
-        self.world.barrier()
+        if not self.world.is_main:
+            return
+        self.wait_for_files()
+        meta = {
+            "stage": plan.stage,
+            "num_steps": plan.schedule.num_steps,
+            "user_config": plan.settings,
+            "total_batch_size": plan.total_batch_size,
+            "world_size": self.world.size,
+            "dataloader_state_dict": self.loader.state_dict(),
+            **deepcopy(self._results()),
+            **plan.extra_meta,
+        }
+        write = partial(
+            write_checkpoint, plan.directory, step, self.model.config, host_copy(self.model), meta, optimizer_state,
+            self.tokenizer, plan.keep_last,
+        )  # fmt: skip
+        stall_ms = 1e3 * (time.perf_counter() - started)
+        self.writing = self.writer.submit(self._write, write, step, stall_ms)
+
+    def _write(self, write: Callable[[], None], step: int, stall_ms: float) -> None:
+        started = time.perf_counter()
+        write()
+        seconds = time.perf_counter() - started
+        self.status.note(
+            f"saved step {step} in {self.plan.directory} (written in {seconds:.1f} s, training stood {stall_ms:.0f} ms)"
+        )
+
+    def wait_for_files(self) -> None:
+        """Until the checkpoint in the making is on the disk. Raises what went wrong with it."""
+        if self.writing is not None:
+            self.writing.result()
+            self.writing = None
 
     def _save_results(self) -> None:
         """Add what the last evaluations found to the last checkpoint."""
+        self.wait_for_files()
         if self.world.is_main and self.plan.save:
             update_meta(self.plan.directory, self.state.step, self._results())
 

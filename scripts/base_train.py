@@ -41,6 +41,9 @@ class Config:
     run: str = option("dummy", "wandb run name; dummy: no wandb")
     device_type: str = option("", "cuda, mps or cpu; empty: the best there is")
     compile: str = option("auto", "compile the step", choices=("auto", "on", "off"))
+    precision: str = option(
+        "auto", "numbers that are multiplied", choices=("auto", "fp32", "bf16", "fp16", "fp8")
+    )
     # model
     arch: str = option("modern", "architecture", choices=("modern", "classic"))
     depth: int = option(20, "layers; every other size follows from it")
@@ -71,6 +74,7 @@ class Config:
     warmdown_ratio: float = option(0.65, "part of the run with falling learning rate")
     final_lr_frac: float = option(0.05, "learning rate at the end, relative to the peak")
     momentum_warmup_steps: int = option(400, "steps over which Muon's momentum rises")
+    clip_norm: float = option(0.0, "clip the gradient to this norm; 0: off")
     # data
     packing: str = option("bestfit", "rows start with BOS, or one stream", choices=("bestfit", "stream"))
     # evaluation
@@ -100,17 +104,15 @@ def main(cfg: Config) -> None:
     from nanochat.trainer import TrainingPlan, train
 
     with distributed(cfg.device_type, cfg.seed) as world:
-        dtype, compiled = announce(world, cfg.compile)
+        precision, compiled = announce(world, cfg.compile, cfg.precision)
         directory, initial, resume_from = find_start(cfg, world)
         origin = resume_from or initial
         tokenizer = get_tokenizer() if origin is None else origin.tokenizer()
-        model = start_model(cfg, origin, tokenizer.get_vocab_size(), world.device, dtype)
-        announce_model(model)
+        model = start_model(cfg, origin, tokenizer.get_vocab_size(), world.device, precision.dtype)
+        announce_model(model, precision)
 
         horizon = plan_run(cfg, model)
         rows, length, total = cfg.device_batch_size, cfg.max_seq_len, horizon.total_batch_size
-        accumulation = accumulation_steps(total, rows, length, world.size)
-        announce_batch(total, rows, length, world, accumulation)
         print0(f"horizon: {horizon.num_steps:,} steps, {horizon.num_tokens:,} tokens (from {horizon.source})")
         schedule = make_schedule(cfg, horizon)
         print0(schedule.describe())
@@ -124,6 +126,8 @@ def main(cfg: Config) -> None:
             smear_lr=cfg.smear_lr,
             weight_decay=schedule.weight_decay,
         )
+        accumulation = accumulation_steps(total, rows, length, world.size)
+        announce_batch(total, rows, length, world, accumulation)
         plan = TrainingPlan(
             stage="base",
             directory=directory,
@@ -136,6 +140,7 @@ def main(cfg: Config) -> None:
             save_every=cfg.save_every,
             keep_last=cfg.keep_last,
             compile=compiled,
+            clip_norm=cfg.clip_norm,
             extra_meta={"device_batch_size": rows, "max_seq_len": length, "lr_scale": scale},
         )
 

@@ -67,7 +67,7 @@ def main(cfg: Config) -> None:
     from tasks.gsm8k import GSM8K
 
     with distributed(cfg.device_type) as world:
-        dtype, _ = announce(world, "off")  # the shapes change with every batch of answers
+        precision, _ = announce(world, "off")  # the shapes change with every batch of answers
         if cfg.examples_per_step % world.size:
             raise UserError(
                 f"--examples-per-step={cfg.examples_per_step} is not a multiple of {world.size} ranks"
@@ -80,9 +80,11 @@ def main(cfg: Config) -> None:
         print0(f"source model: {source.directory} step {source.step}")
         directory = output_folder("rl", source.directory, cfg.output_tag)
         resume_from = find_resume_point(directory, world, cfg.resume)
-        model, tokenizer = (resume_from or source).model(world.device, dtype), source.tokenizer()
-        announce_model(model)
-        reference = source.model(world.device, dtype).eval().requires_grad_(False) if cfg.kl > 0 else None
+        model, tokenizer = (resume_from or source).model(world.device, precision.dtype), source.tokenizer()
+        announce_model(model, precision)
+        reference = (
+            source.model(world.device, precision.dtype).eval().requires_grad_(False) if cfg.kl > 0 else None
+        )
 
         train_task, test_task = GSM8K("main", "train"), GSM8K("main", "test")
         num_steps = cfg.num_iterations

@@ -383,14 +383,14 @@ def test_nonfinite_gradient_turns_the_step_into_a_no_op(poison, victim):
         param.grad = torch.ones_like(param)
         if i == victim:
             param.grad.view(-1)[0] = poison
-    norm = optimizer.step(skip_nonfinite=True)
+    norm = optimizer.step(skip=torch.tensor(False))
     assert norm is not None and not norm.isfinite()
     assert all(torch.equal(a, b) for a, b in zip(params_of(groups), before, strict=True))
     after = optimizer.full_state_dict()["state"]
     for index, entry in state.items():
         for name, value in entry.items():
             assert torch.equal(torch.as_tensor(after[index][name]), torch.as_tensor(value)), (index, name)
-    train(optimizer, range(3, 4), skip_nonfinite=True)
+    train(optimizer, range(3, 4), skip=torch.tensor(False))
     straight = tiny_groups()
     train(MuonAdamW(straight), range(4))
     for a, b in zip(params_of(groups), params_of(straight), strict=True):

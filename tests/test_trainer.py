@@ -29,7 +29,7 @@ def losses(directory) -> list[float]:
 
 def deterministic(directory) -> list[dict]:
     """All events without what depends on the clock."""
-    keep = {"step", "kind", "train/loss", "train/lrm", "train/epoch", "val/bpb", "tokens"}
+    keep = {"step", "kind", "train/loss", "train/grad_norm", "train/lrm", "train/epoch", "val/bpb", "tokens"}
     return [{k: v for k, v in e.items() if k in keep} for e in read_metrics(directory / "metrics.jsonl")]
 
 
@@ -113,6 +113,64 @@ def test_non_finite_losses_are_skipped_and_end_the_run(tiny_run, monkeypatch):
     monkeypatch.setattr("nanochat.trainer.MAX_SKIPPED_IN_A_ROW", 3)
     with pytest.raises(UserError, match="3 steps in a row gave no usable loss"):
         run_here("base_train", eval_every=-1)
+    directory = tiny_run / "base_checkpoints" / "t"
+    assert list_steps(directory) == [3]
+    assert all(tensor.isfinite().all() for tensor in weights(directory).values())
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is(tiny_run, monkeypatch):
+    from nanochat.gpt import GPT
+
+    whole = GPT._loss
+    run_here("base_train", num_iterations=2, model_tag="good", eval_every=-1)
+    # adds 0, whose gradient is 0 times infinity
+    monkeypatch.setattr(GPT, "_loss", lambda self, x, *rest: whole(self, x, *rest) + (0 * x).sum().sqrt())
+    run_here("base_train", num_iterations=2, eval_every=-1)
+    bad, good = (tiny_run / "base_checkpoints" / tag for tag in ("t", "good"))
+    assert Checkpoint.open(bad, 2).meta["loop_state"]["skipped_steps"] == 2
+    assert losses(bad)[0] == losses(good)[0]
+    assert all(tensor.isfinite().all() for tensor in weights(bad).values())
+
+
+def test_clipping_reaches_the_optimizer_and_the_norm_is_logged(tiny_run):
+    found = {}
+    for clip_norm in (0.0, 1e3, 1e-4):
+        run_here("base_train", num_iterations=3, clip_norm=clip_norm, eval_every=-1, resume="never")
+        directory = tiny_run / "base_checkpoints" / "t"
+        events = [e for e in read_metrics(directory / "metrics.jsonl") if e["kind"] == "train"]
+        assert all(event["train/grad_norm"] > 1e-3 for event in events)
+        found[clip_norm] = weights(directory)
+    assert largest_difference(found[0.0], found[1e3]) == 0
+    assert largest_difference(found[0.0], found[1e-4]) > 1e-6
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8"])
+def test_every_precision_trains_alike(tiny_run, monkeypatch, precision):
+    monkeypatch.setattr("nanochat.precision.supports_fp8", lambda device: (True, "torch emulates it"))
+    sizes = {"aspect_ratio": 64, "head_dim": 64, "num_iterations": 4, "total_batch_size": 128}
+    for name in ("fp32", precision):
+        run_here("base_train", precision=name, model_tag=name, **sizes)
+    exact, ours = (tiny_run / "base_checkpoints" / name for name in ("fp32", precision))
+    meta = Checkpoint.open(ours, 4).meta
+    assert meta["loop_state"]["skipped_steps"] == 0
+    assert meta["loop_state"]["loss_scale"] == (2.0**16 if precision == "fp16" else 1.0)
+    assert losses(ours) == pytest.approx(losses(exact), abs=0.05)
+    assert meta["val_bpb"] == pytest.approx(Checkpoint.open(exact, 4).meta["val_bpb"], abs=0.05)
+    assert all(tensor.dtype == torch.float32 for tensor in weights(ours).values())
+
+
+def test_overflow_in_fp16_lowers_the_loss_scale_and_training_goes_on(tiny_run, monkeypatch):
+    monkeypatch.setattr("nanochat.precision._LARGEST_SCALE", 2.0**40)
+    run_here("base_train", precision="fp16", num_iterations=18, total_batch_size=128, eval_every=-1)
+    directory = tiny_run / "base_checkpoints" / "t"
+    state = Checkpoint.open(directory, 18).meta["loop_state"]
+    assert 0 < state["skipped_steps"] < 18 and state["skipped_in_a_row"] == 0
+    assert state["loss_scale"] == 2.0 ** (40 - state["skipped_steps"])
+
+
+def test_fp8_needs_hardware(tiny_run):
+    with pytest.raises(UserError, match="--precision=fp8, but cpu has no FP8 tensor cores"):
+        run_here("base_train", precision="fp8")
 
 
 def test_a_batch_without_targets_changes_nothing(tiny_run, monkeypatch):

@@ -1,0 +1,101 @@
+"""Cross entropy on top of the output head, a few rows at a time: the logits never exist as a whole.
+
+In fp32 they would be the largest tensor of a training step (17 GB for 64 x 2048 tokens of a 32K vocabulary),
+and the loss needs several of that size. Here a chunk's logits live until its losses and gradients are known;
+what is kept for the backward pass is as large as the hidden states and the head's own gradient.
+
+N rows, C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Logits at a time. Large enough to keep a GPU's matrix units busy, small enough for a processor's cache.
+_CHUNK_LOGITS = {"cuda": 2**26}
+_CHUNK_LOGITS_ELSEWHERE = 2**21
+
+
+def head_loss(
+    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, softcap: float, reduction: str
+) -> Tensor:
+    """Loss of softcap * tanh(x weightT / softcap) against targets, in fp32.
+
+    x: hidden states (N, C); weight (V or more, C), of which vocab_size rows count; targets (N,) int64, -1 = none.
+    reduction: "mean" over targets (NaN without any), "sum", or "none" for (N,) with 0 where there is no target.
+    """
+    rows = max(_CHUNK_LOGITS.get(x.device.type, _CHUNK_LOGITS_ELSEWHERE) // vocab_size, 1)
+    if reduction == "none":
+        return torch.cat(_losses(x, weight, targets, vocab_size, softcap, rows))
+    if torch.is_grad_enabled():
+        total = _SummedLoss.apply(x, weight, targets, vocab_size, softcap, rows)
+        assert isinstance(total, Tensor)
+    else:
+        total = torch.stack(
+            [part.sum() for part in _losses(x, weight, targets, vocab_size, softcap, rows)]
+        ).sum()
+    return total if reduction == "sum" else total / (targets >= 0).sum()
+
+
+def _losses(
+    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, softcap: float, rows: int
+) -> list[Tensor]:
+    """Losses of each chunk; with gradients, a chunk's logits are computed again in the backward pass."""
+    from torch.utils.checkpoint import checkpoint
+
+    def losses(x: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        logits = softcap * torch.tanh((x @ weight[:vocab_size].to(x.dtype).t()).float() / softcap)
+        return torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+
+    run: Callable[..., Any] = losses
+    if torch.is_grad_enabled():
+        run = lambda *inputs: checkpoint(losses, *inputs, use_reentrant=False)  # noqa: E731
+    return [run(x_, t_, weight) for x_, t_ in zip(x.split(rows), targets.split(rows), strict=True)]
+
+
+class _SummedLoss(torch.autograd.Function):
+    """The sum of all losses. Its gradients are made in the forward pass, chunk by chunk, while the logits are there.
+
+    The sum has one gradient, a scalar; so the backward pass only multiplies, and nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_NC: Tensor, weight: Tensor, targets_N: Tensor, vocab_size: int, softcap: float, rows: int
+    ) -> Tensor:
+        matrix_VC = weight[:vocab_size].to(x_NC.dtype)
+        total = torch.zeros((), device=x_NC.device)
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=x_NC.device)
+        grads_x = []
+        for x, targets in zip(x_NC.split(rows), targets_N.split(rows), strict=True):
+            loss, grad_logits = _loss_and_gradient(x @ matrix_VC.t(), targets, softcap)
+            total = total + loss
+            grads_x.append(grad_logits @ matrix_VC)
+            grad_weight[:vocab_size] += grad_logits.t() @ x
+        ctx.save_for_backward(torch.cat(grads_x), grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight = ctx.saved_tensors
+        (factor,) = gradients
+        grad_x = (grad_x * factor).to(grad_x.dtype)
+        return grad_x, (grad_weight * factor).to(ctx.weight_dtype), None, None, None, None
+
+
+def _loss_and_gradient(products: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """Summed loss (fp32) of head products (n, V) before the cap, and its gradient with respect to them."""
+    capped = torch.tanh(products.float() / softcap)
+    logits = softcap * capped
+    log_total = logits.logsumexp(dim=-1, keepdim=True)
+    is_target = (targets >= 0)[:, None]
+    index = targets.clamp(min=0)[:, None]
+    loss = torch.where(is_target, log_total - logits.gather(1, index), 0.0).sum()
+    excess = (logits - log_total).exp().scatter_add(1, index, -torch.ones_like(log_total))
+    grad = torch.where(is_target, excess * (1 - capped.square()), 0.0)
+    return loss, grad.to(products.dtype)

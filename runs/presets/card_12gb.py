@@ -1,0 +1,4 @@
+"""Pretraining on one card of 12 GB: python -m scripts.base_train runs/presets/card_12gb.py (estimated peak 10.7 GB)."""
+
+depth = 10
+device_batch_size = 8
