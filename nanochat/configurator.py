@@ -30,9 +30,14 @@ from nanochat.common import UserError
 ConfigT = TypeVar("ConfigT")
 
 
-def option(default: Any, help: str, *, short: str = "", choices: Sequence[Any] | None = None) -> Any:
-    """A dataclass field that is also a flag. A field whose default is `...` must be given."""
-    metadata = {"help": help, "short": short, "choices": choices}
+def option(
+    default: Any, help: str, *, short: str = "", choices: Sequence[Any] | None = None, none: str = "None"
+) -> Any:
+    """A dataclass field that is also a flag. A field whose default is `...` must be given.
+
+    none: the word for None on the command line and in presets, for a field that may be None.
+    """
+    metadata = {"help": help, "short": short, "choices": choices, "none": none}
     if default is ...:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -87,10 +92,11 @@ class _Option:
     help: str
     short: str
     choices: Sequence[Any] | None
+    none: str
 
     def convert(self, value: Any, where: str) -> Any:
         """Check a value from a flag (text) or a preset (already typed). Widens int to float, nothing else."""
-        if value is None or (self.optional and value == "None"):
+        if value is None or (self.optional and value in ("None", self.none)):
             if self.optional:
                 return None
             raise UserError(f"{where}: {self.name} must be {self.kind.__name__}, not None")
@@ -145,7 +151,7 @@ def _options(config_class: type) -> dict[str, _Option]:
         meta = field.metadata
         result[field.name] = _Option(
             field.name, kind, optional, required, None if required else field.default,
-            meta.get("help", ""), meta.get("short", ""), meta.get("choices"),
+            meta.get("help", ""), meta.get("short", ""), meta.get("choices"), meta.get("none", "None"),
         )  # fmt: skip
     return result
 
@@ -173,7 +179,7 @@ def _parser(config_class: type, description: str, options: dict[str, _Option]) -
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="the same, as a flag")
     for o in options.values():
         names = [f"--{_dashed(o.name)}"] + ([f"-{o.short}"] if o.short else [])
-        shown = "required" if o.required else f"default: {o.default}"
+        shown = "required" if o.required else f"default: {o.none if o.default is None else o.default}"
         extra: dict[str, Any] = {"nargs": "?", "const": "true"} if o.kind is bool else {}
         metavar = "{" + ",".join(map(str, o.choices)) + "}" if o.choices else o.kind.__name__.upper()
         parser.add_argument(

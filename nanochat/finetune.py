@@ -100,6 +100,7 @@ def finetune(
         resume_from = find_resume_point(directory, world, cfg.resume)
         sizes = inherit_sizes(cfg, source, world)
         model = (resume_from or source).model(world.device, precision.dtype, sizes.max_seq_len)
+        model.recompute = source.meta.get("recompute", False)  # the memory has not grown since
         announce_model(model, precision)
 
         total, rows, length = sizes.total_batch_size, sizes.device_batch_size, sizes.max_seq_len
@@ -133,6 +134,7 @@ def finetune(
             save=not cfg.dry_run,
             extra_meta={
                 "device_batch_size": rows,
+                "recompute": model.recompute,
                 "max_seq_len": length,
                 "lr_scale": lr_scale,
                 "rates": rates,

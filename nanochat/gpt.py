@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nanochat.common import UserError
 from nanochat.flash_attention import cached_attention, causal_attention
@@ -211,6 +212,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
+        self.recompute = False  # activations inside blocks: computed again in the backward pass, or kept
         vocab, width = config.padded_vocab_size, config.n_embd
         blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.transformer = nn.ModuleDict({"wte": Embedding(vocab, width), "h": blocks})
@@ -343,9 +345,11 @@ class GPT(nn.Module):
             if config.use_lambdas:
                 x = self.resid_lambdas[layer] * x + self.x0_lambdas[layer] * x0
             embed = self.value_embeds[str(layer)](idx).to(x.dtype) if config.has_value_embed(layer) else None
-            x = block(x, embed, context)
-            if layer == config.n_layer // 2:
-                middle = x
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, embed, context, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, embed, context)
+            middle = x if layer == config.n_layer // 2 else middle
         if config.use_backout:
             x = x - self.backout_lambda.to(x.dtype) * middle
         if kv_cache is not None and context.chunk is not None:
@@ -389,13 +393,12 @@ class GPT(nn.Module):
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """fp32 (..., V) of final hidden states (..., C)."""
-        logits = self.lm_head(x)[..., : self.config.vocab_size].float()
         cap = self.config.logit_softcap
-        return cap * torch.tanh(logits / cap)
+        return cap * torch.tanh(self.lm_head(x)[..., : self.config.vocab_size].float() / cap)
 
     def _loss(self, x: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
-        vocab, cap = self.config.vocab_size, self.config.logit_softcap
-        return head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), vocab, cap, reduction)
+        sizes = self.config.vocab_size, self.config.logit_softcap
+        return head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), *sizes, reduction)
 
     # --- accounting ------------------------------------------------------------------------------
 
@@ -470,13 +473,9 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(
-        self,
-        tokens: list[int],
-        max_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
+        self, tokens: list[int], max_tokens: int, temperature: float = 1.0, top_k: int | None = None,
         seed: int = 42,
-    ) -> Iterator[int]:
+    ) -> Iterator[int]:  # fmt: skip
         """Yield new token ids one by one, without a cache: slow, obvious, what the engine must equal."""
         ids = torch.tensor([tokens], dtype=torch.long, device=self.get_device())
         generator = torch.Generator(device=ids.device).manual_seed(seed)
@@ -486,11 +485,11 @@ class GPT(nn.Module):
                 chosen = logits.argmax(dim=-1, keepdim=True)
             else:
                 if top_k:
-                    kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth, -torch.inf)
+                    least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                    logits = logits.masked_fill(logits < least, -torch.inf)
                 chosen = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
-            ids = torch.cat([ids, chosen], dim=1)
             yield int(chosen)
+            ids = torch.cat([ids, chosen], dim=1)
 
 
 def _last_real(x: torch.Tensor, lengths: Sequence[int] | torch.Tensor | None) -> torch.Tensor:

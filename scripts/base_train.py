@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nanochat.checkpoint_manager import Checkpoint
     from nanochat.common import World
     from nanochat.gpt import GPT, GPTConfig
+    from nanochat.optim import MuonAdamW
     from nanochat.scaling import Horizon
     from nanochat.schedule import Schedule
     from nanochat.tokenizer import RustBPETokenizer
@@ -57,7 +58,13 @@ class Config:
     target_flops: float = option(-1.0, "train for this many FLOPs; -1: off")
     target_param_data_ratio: float = option(12.0, "tokens per parameter (matrices and head)")
     # optimization
-    device_batch_size: int = option(32, "rows per micro-batch and rank; lower it when memory runs out")
+    device_batch_size: int | None = option(
+        None, "rows per micro-batch and rank; auto: the fastest that fits, measured", none="auto"
+    )
+    recompute: bool = option(
+        False,
+        "compute activations again instead of keeping them; auto batches turn it on when nothing else fits",
+    )
     total_batch_size: int = option(-1, "tokens per step; -1: from the scaling law")
     embedding_lr: float = option(0.3, "learning rate of the embedding tables (AdamW)")
     unembedding_lr: float = option(0.008, "learning rate of the head (AdamW)")
@@ -112,7 +119,7 @@ def main(cfg: Config) -> None:
         announce_model(model, precision)
 
         horizon = plan_run(cfg, model)
-        rows, length, total = cfg.device_batch_size, cfg.max_seq_len, horizon.total_batch_size
+        length, total = cfg.max_seq_len, horizon.total_batch_size
         print0(f"horizon: {horizon.num_steps:,} steps, {horizon.num_tokens:,} tokens (from {horizon.source})")
         schedule = make_schedule(cfg, horizon)
         print0(schedule.describe())
@@ -126,6 +133,7 @@ def main(cfg: Config) -> None:
             smear_lr=cfg.smear_lr,
             weight_decay=schedule.weight_decay,
         )
+        rows = choose_rows(cfg, model, optimizer, world, total, resume_from)
         accumulation = accumulation_steps(total, rows, length, world.size)
         announce_batch(total, rows, length, world, accumulation)
         plan = TrainingPlan(
@@ -136,12 +144,17 @@ def main(cfg: Config) -> None:
             accumulation=accumulation,
             settings=as_dict(cfg),
             run=cfg.run,
-            evaluations=evaluations(cfg, model, tokenizer, world),
+            evaluations=evaluations(cfg, rows, model, tokenizer, world),
             save_every=cfg.save_every,
             keep_last=cfg.keep_last,
             compile=compiled,
             clip_norm=cfg.clip_norm,
-            extra_meta={"device_batch_size": rows, "max_seq_len": length, "lr_scale": scale},
+            extra_meta={
+                "device_batch_size": rows,
+                "recompute": model.recompute,
+                "max_seq_len": length,
+                "lr_scale": scale,
+            },
         )
 
         def make_loader(state: dict | None) -> PretrainLoader:
@@ -245,6 +258,22 @@ def plan_run(cfg: Config, model: GPT) -> Horizon:
     )
 
 
+def choose_rows(
+    cfg: Config, model: GPT, optimizer: MuonAdamW, world: World, total: int, resume_from: Checkpoint | None
+) -> int:
+    """Rows per micro-batch and rank, and model.recompute: given, as before the interruption, or measured."""
+    from nanochat.batch_fit import fit_batch
+
+    model.recompute = cfg.recompute
+    if cfg.device_batch_size is not None:
+        return cfg.device_batch_size
+    before = resume_from.meta if resume_from else {}
+    if before.get("world_size") == world.size and "recompute" in before:
+        model.recompute = before["recompute"]
+        return before["device_batch_size"]  # another one would round differently
+    return fit_batch(model, optimizer, world, cfg.max_seq_len, total)
+
+
 def make_schedule(cfg: Config, horizon: Horizon) -> Schedule:
     from nanochat.schedule import Schedule
 
@@ -259,7 +288,9 @@ def make_schedule(cfg: Config, horizon: Horizon) -> Schedule:
     )
 
 
-def evaluations(cfg: Config, model: GPT, tokenizer: RustBPETokenizer, world: World) -> tuple[Evaluation, ...]:
+def evaluations(
+    cfg: Config, rows: int, model: GPT, tokenizer: RustBPETokenizer, world: World
+) -> tuple[Evaluation, ...]:
     """Bits per byte on the validation shard, CORE, and a few continuations to look at."""
     from nanochat.common import print0
     from nanochat.core_eval import evaluate_core
@@ -272,8 +303,8 @@ def evaluations(cfg: Config, model: GPT, tokenizer: RustBPETokenizer, world: Wor
     token_bytes = get_token_bytes(world.device, tokenizer)
 
     def bits_per_byte(step: int) -> dict:
-        loader = PretrainLoader(tokenizer, cfg.device_batch_size, cfg.max_seq_len, "val", world)
-        batches = max(cfg.eval_tokens // (cfg.device_batch_size * cfg.max_seq_len * world.size), 1)
+        loader = PretrainLoader(tokenizer, rows, cfg.max_seq_len, "val", world)
+        batches = max(cfg.eval_tokens // (rows * cfg.max_seq_len * world.size), 1)
         bpb = evaluate_bpb(model, loader, batches, token_bytes, world)
         loader.close()
         return {"val/bpb": bpb}

@@ -18,6 +18,7 @@ class Config:
     run: str = option("dummy", "name")
     model_tag: str | None = option(None, "tag", short="g")
     arch: str = option("modern", "which", choices=("modern", "classic"))
+    rows: int | None = option(None, "rows", none="auto")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Needy:
         (["--depth=-1"], {"depth": -1}),
         (["--", "--depth=4"], {"depth": 4}),
         (["--model-tag=None"], {"model_tag": None}),
+        (["--rows=8", "--rows=auto"], {"rows": None}),
     ],
 )
 def test_flags(argv, expected):

@@ -23,7 +23,7 @@ TRAINING_NEEDS = {"torch", "numpy", "pyarrow", "tiktoken", "rustbpe", "nanochat"
 LIBRARY_LAYERS = [
     {"common", "configurator"},
     {"tokenizer", "tokenizer_base", "tokenizer_hf", "tokenizer_files", "conversation", "tinyworld", "hub", "dataset", "packing", "prefetch", "document_reader", "dataloader", "chat_loader"},
-    {"gpt", "kv_cache", "flash_attention", "muon", "sharding", "optim", "scaling", "schedule", "compilation", "fp8", "head_loss", "precision", "config_versions"},
+    {"gpt", "kv_cache", "flash_attention", "muon", "sharding", "optim", "scaling", "schedule", "compilation", "batch_fit", "fp8", "head_loss", "precision", "config_versions"},
     {"checkpoint_manager", "metrics", "trainer"},
     {"calculator", "execution", "sandbox_harness", "sampling", "row_cache", "prefix_store", "requests", "scheduler", "engine", "serve"},
 ]  # fmt: skip
@@ -141,9 +141,9 @@ def test_every_script_of_the_specification_exists():
 
 
 def test_there_is_one_training_loop():
-    """Only the loop and RL call backward."""
+    """Only the loop and RL call backward, and what tries how large their batches may be."""
     callers = {
         path.name for package in ("nanochat", "scripts") for path in (ROOT / package).rglob("*.py")
         if ".backward()" in path.read_text(encoding="utf-8")
     }  # fmt: skip
-    assert callers == {"trainer.py", "rl.py"}
+    assert callers == {"trainer.py", "rl.py", "batch_fit.py"}
