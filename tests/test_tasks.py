@@ -296,7 +296,8 @@ def test_custom_json_reads_lines_in_order_and_skips_blank_ones(tmp_path):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"messages": []}', "list of messages"),
+        ('{"text": []}', "list of messages"),
+        ('{"messages": []}', "at least two"),
         ("[]", "at least two"),
         (json.dumps(TALK[:1]), "at least two"),
         ("not json", "not valid JSON"),
