@@ -42,6 +42,46 @@ class Reply:
         )
 
 
+class Display(ABC):
+    """Where the parts of an answer are written as they come; a call waits for its result: both are one bracket."""
+
+    _call: str | None = None
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Before the first part."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """After the last part."""
+
+    def show(self, kind: str, text: str) -> None:
+        """Write a part of an answer."""
+        if kind == "python":
+            self.flush()
+            self._call = text
+        elif kind == "python_output":
+            call, self._call = self._call, None
+            self.write_tool(f"[{call} = {text}]" if call is not None else f"[{text}]")
+        else:
+            self.flush()
+            self.write_text(text)
+
+    def flush(self) -> None:
+        """Write a call that has got no result."""
+        if self._call is not None:
+            self.write_tool(f"[{self._call}]")
+            self._call = None
+
+    @abstractmethod
+    def write_text(self, text: str) -> None:
+        """What the model says."""
+
+    @abstractmethod
+    def write_tool(self, text: str) -> None:
+        """What a tool did, in brackets."""
+
+
 @dataclass(kw_only=True)
 class Dialogue(ABC):
     """A conversation, and the settings that can be changed during it. max_tokens 0: to the context's end."""

@@ -13,7 +13,7 @@ from rich.markdown import Markdown
 from rich.segment import Segment
 from rich.style import Style
 
-from nanochat.dialogue import printable
+from nanochat.dialogue import Display, printable
 
 REDRAW_S = 0.05  # more often is not seen, and costs time that the model could use
 # Around what a tool did. The characters are private: what the model writes cannot contain them.
@@ -21,14 +21,13 @@ DIM_ON, DIM_OFF = "\ue000", "\ue001"
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 
 
-class LiveMarkdown:
+class LiveMarkdown(Display):
     """One answer on a terminal: show its parts as they come, then end."""
 
     def __init__(self, file: IO[str]) -> None:
         self._console = Console(file=file, highlight=False, emoji=False)
         self._live: Live | None = None
         self._source = ""
-        self._call: str | None = None
         self._drawn = 0.0
 
     def begin(self) -> None:
@@ -39,23 +38,15 @@ class LiveMarkdown:
         self._live.start()
 
     def show(self, kind: str, text: str) -> None:
-        """Take a piece of the answer; a call waits for its result, so that both are one bracket."""
-        if kind == "python":
-            self.flush()
-            self._call = text
-        elif kind == "python_output":
-            call, self._call = self._call, None
-            self._source += _dimmed(f"[{call} = {text}]" if call is not None else f"[{text}]")
-        else:
-            self.flush()
-            self._source += _text(text)
+        """Take a piece of the answer, and redraw."""
+        super().show(kind, text)
         self._draw()
 
-    def flush(self) -> None:
-        """Write a call that has got no result."""
-        if self._call is not None:
-            self._source += _dimmed(f"[{self._call}]")
-            self._call = None
+    def write_text(self, text: str) -> None:
+        self._source += _text(text)
+
+    def write_tool(self, text: str) -> None:
+        self._source += _dimmed(text)
 
     def end(self) -> None:
         """After the last part: what was redrawn so far is printed for good."""

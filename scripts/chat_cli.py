@@ -14,11 +14,11 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any
 
 from nanochat.common import UserError, autodetect_device_type, check_device, read_json, write_json
 from nanochat.configurator import option, run
-from nanochat.dialogue import printable
+from nanochat.dialogue import Display, printable
 
 if TYPE_CHECKING:
     from nanochat.dialogue import Dialogue, Reply
@@ -58,22 +58,13 @@ class Config:
     device_type: str = option("", "cuda, mps or cpu; default: the best there is")
 
 
-class Display(Protocol):
-    """What shows an answer piece by piece."""
-
-    def begin(self) -> None: ...
-    def show(self, kind: str, text: str) -> None: ...
-    def end(self) -> None: ...
-
-
 @dataclass
-class Screen:
+class Screen(Display):
     """Where the answer and the tool calls are written."""
 
     text: IO[str]
     tools: IO[str]
     color: bool
-    _call: str | None = None
 
     def begin(self) -> None:
         """Before an answer of a conversation."""
@@ -84,26 +75,11 @@ class Screen:
         self.flush()
         print("\n", file=self.text, flush=True)
 
-    def show(self, kind: str, text: str) -> None:
-        """Write a piece of an answer; a call waits for its result, so that both are one bracket."""
-        if kind == "python":
-            self.flush()
-            self._call = text
-        elif kind == "python_output":
-            call, self._call = self._call, None
-            self._dim(f"[{call} = {text}]" if call is not None else f"[{text}]")
-        else:
-            self.flush()
-            shown = printable(text) if self.text.isatty() else text
-            print(shown, end="", file=self.text, flush=True)
+    def write_text(self, text: str) -> None:
+        shown = printable(text) if self.text.isatty() else text
+        print(shown, end="", file=self.text, flush=True)
 
-    def flush(self) -> None:
-        """Write a call that has got no result."""
-        if self._call is not None:
-            self._dim(f"[{self._call}]")
-            self._call = None
-
-    def _dim(self, text: str) -> None:
+    def write_tool(self, text: str) -> None:
         self.text.flush()
         print(f"\x1b[2m{text}\x1b[0m" if self.color else text, end="", file=self.tools, flush=True)
 

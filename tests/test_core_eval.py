@@ -20,8 +20,9 @@ from nanochat.core_eval import (
     truncated,
 )
 from nanochat.core_scoring import Scored
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT
 from tests.toy_data import ByteTokenizer, make_world
+from tests.toy_model import opinionated_network
 
 REAL_BUNDLE = Path(__file__).parents[2] / "shared" / "data" / "eval_bundle"
 
@@ -33,16 +34,8 @@ class Tokenizer(ByteTokenizer):
 
 @pytest.fixture(scope="module")
 def model() -> GPT:
-    """A tiny network with weights large enough to have opinions."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    config = GPTConfig.modern(sequence_len=256, vocab_size=257, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
-    network = GPT(config)
-    network.init_weights()
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return network.eval()
+    return opinionated_network()
 
 
 def _write_bundle(folder: Path, tasks: list[dict], items: dict[str, list[dict]]) -> Path:

@@ -10,6 +10,7 @@ import torch
 from nanochat import core_scoring
 from nanochat.core_scoring import Scored, score_examples, score_sequences
 from nanochat.gpt import GPT, GPTConfig
+from tests.toy_model import opinionated_network
 
 CONFIGS = {
     "modern": GPTConfig.modern(sequence_len=256, vocab_size=257, n_layer=3, n_head=4, n_kv_head=2, n_embd=32),
@@ -48,16 +49,8 @@ def test_a_common_beginning_is_computed_once_and_changes_nothing(name):
 
 @pytest.fixture(scope="module")
 def model() -> GPT:
-    """A tiny network with weights large enough to have opinions."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    config = GPTConfig.modern(sequence_len=256, vocab_size=257, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
-    network = GPT(config)
-    network.init_weights()
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return network.eval()
+    return opinionated_network()
 
 
 def test_losses_are_those_of_single_sequences(model):

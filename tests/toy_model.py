@@ -118,3 +118,15 @@ def random_model(architecture: str = "modern", seed: int = 0, **sizes) -> GPT:
         for parameter in model.parameters():
             parameter.normal_(0, 0.3 if parameter.dim() < 2 else 0.15)
     return model.eval()
+
+
+def opinionated_network() -> GPT:
+    """A tiny network with weights large enough to have opinions."""
+    torch.manual_seed(0)
+    config = GPTConfig.modern(sequence_len=256, vocab_size=257, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
+    network = GPT(config)
+    network.init_weights()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return network.eval()
