@@ -1,6 +1,7 @@
-"""Your own text as shards to pretrain on: parquet, JSON lines or text files become a shuffled data set.
+"""Your own text as shards to pretrain on: parquet, JSON lines, text files or a Hugging Face data set, shuffled.
 
-    python -m nanochat.text_import --name=mine --files=notes/,articles.jsonl.gz
+    python -m nanochat.dataset import --name=mine --files=notes/,articles.jsonl.gz
+    python -m nanochat.dataset import --name=wiki --hub=owner/name --subset=en --split=train
     NANOCHAT_DATASET=mine python -m scripts.base_train
 
 Documents are dealt to buckets on disk at random and every bucket is shuffled in memory, so the text may be far
@@ -14,17 +15,19 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from nanochat.common import UserError, write_json
-from nanochat.configurator import option, run
-from nanochat.dataset import HUB_SHARDS, imported_dir, open_shard
+from nanochat.configurator import option
+from nanochat.dataset import open_shard
+from nanochat.manifests import MANIFEST, NAMED_SETS, imported_set
 
 JSON_LINES, PLAIN_TEXT, PACKED = (".jsonl", ".ndjson", ".json"), (".txt", ".md"), (".gz", ".zst")
 MAX_BUCKETS = 512  # open files at a time; systems allow 1,024
@@ -37,42 +40,63 @@ PACKED_FACTOR = 4  # how much larger text is than gzip or zstd make it, roughly
 class Config:
     name: str = option(..., "name of the new data set, for NANOCHAT_DATASET")
     files: str = option(
-        ..., "files and folders, separated by commas: .parquet, .jsonl, .txt, .md, also .gz and .zst"
+        "", "files and folders, separated by commas: .parquet, .jsonl, .txt, .md, also .gz and .zst"
     )
+    hub: str = option("", "instead of files, a data set of the Hugging Face hub, or a folder that holds one")
+    subset: str = option("", "configuration of the data set of --hub; default its only one")
+    split: str = option("train", "split of the data set of --hub")
     text_field: str = option("text", "column or key that holds the text")
     chars_per_shard: int = option(250_000_000, "characters of a shard")
     val_share: float = option(0.01, "part of the documents for validation, at most one shard")
     seed: int = option(0, "of the shuffling")
 
 
-def main(cfg: Config) -> None:
+def import_text(cfg: Config) -> None:
     """Import text as a data set to pretrain on."""
-    if not cfg.name.replace("-", "").replace("_", "").isalnum() or cfg.name in HUB_SHARDS:
+    if not cfg.name.replace("-", "").replace("_", "").isalnum() or cfg.name in NAMED_SETS:
         raise UserError(f"--name={cfg.name!r} must be new, of letters, digits, - and _")
     if cfg.chars_per_shard < 1 or not 0 < cfg.val_share < 1:
         raise UserError("--chars-per-shard must be positive and --val-share between 0 and 1")
-    folder = imported_dir(cfg.name)
+    if bool(cfg.files) == bool(cfg.hub):
+        raise UserError("give either --files or --hub")
+    folder = imported_set(cfg.name).path
     if folder.exists():
         raise UserError(f"{folder} exists already; delete it or choose another --name")
-    paths = find_files([part.strip() for part in cfg.files.split(",") if part.strip()])
-    num_bytes = sum(_unpacked_bytes(path) for path in paths)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(folder.parent, num_bytes)
-    print(f"{len(paths):,} files, about {num_bytes / 1e6:,.1f} MB of text, into {folder}", flush=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{cfg.name}.") as scratch:
+    if cfg.hub:
+        source = f"{cfg.hub} {cfg.subset}".strip() + f", split {cfg.split}"
+        documents, num_bytes, sources = *stream_hub(cfg.hub, cfg.subset, cfg.split, cfg.text_field), [source]
+    else:
+        paths = find_files([part.strip() for part in cfg.files.split(",") if part.strip()])
         documents = (text for path in paths for text in read_documents(path, cfg.text_field))
-        made = Path(scratch) / "shards"
-        made.mkdir()
-        facts = write_shards(documents, made, num_bytes, cfg.chars_per_shard, cfg.val_share, cfg.seed)
-        sources = [str(path) for path in paths]
-        write_json(
-            made / "manifest.json", {"name": cfg.name, "seed": cfg.seed, "sources": sources, "files": facts}
-        )
-        os.replace(made, folder)
+        num_bytes, sources = sum(map(_unpacked_bytes, paths)), [str(path) for path in paths]
+        source = f"{len(paths):,} files"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _check_space(folder.parent, num_bytes or 0)
+    size = f"about {num_bytes / 1e6:,.1f} MB" if num_bytes else "an unknown amount"
+    print(f"{source}, {size} of text, into {folder}", flush=True)
+    facts = write_data_set(cfg, documents, num_bytes, sources)
     total = sum(fact["documents"] for fact in facts)
     print(
         f"{total:,} documents in {len(facts)} shards, the last for validation; to use: NANOCHAT_DATASET={cfg.name}"
     )
+
+
+def write_data_set(
+    cfg: Config, documents: Iterator[str], num_bytes: int | None, sources: Sequence[str]
+) -> list[dict]:
+    """The documents as the data set cfg.name, which appears whole or not at all; returns facts of its shards."""
+    folder = imported_set(cfg.name).path
+    try:
+        with TemporaryDirectory(dir=folder.parent, prefix=f".{cfg.name}.") as scratch:
+            made = Path(scratch) / "shards"
+            made.mkdir()
+            facts = write_shards(documents, made, num_bytes, cfg.chars_per_shard, cfg.val_share, cfg.seed)
+            about = {"name": cfg.name, "seed": cfg.seed, "sources": list(sources)}
+            write_json(made / MANIFEST, {**about, "files": facts})
+            os.replace(made, folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    return facts
 
 
 # --- reading -----------------------------------------------------------------------------------------
@@ -107,6 +131,40 @@ def read_documents(path: Path, text_field: str) -> Iterator[str]:
     else:
         documents = _read_text(path)
     return (text for text in documents if text.strip())
+
+
+def stream_hub(name: str, subset: str, split: str, text_field: str) -> tuple[Iterator[str], int | None]:
+    """The documents of a split, read as they are needed, and about how many bytes they have, if that is known."""
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, subset or None, split=split, streaming=True)
+        facts = (rows.info.splits or {}).get(split)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--hub={name}: {_first_line(error)}") from None
+    return _texts_of(name, rows, text_field), facts.num_bytes if facts else None
+
+
+def _texts_of(name: str, rows: Iterable[Any], text_field: str) -> Iterator[str]:
+    source = iter(rows)
+    for number in count():
+        try:
+            row = next(source)
+        except StopIteration:
+            return
+        except (OSError, ValueError) as error:  # the network, or a damaged file
+            raise UserError(f"--hub={name}: after {number:,} rows: {_first_line(error)}") from None
+        if not isinstance(row.get(text_field), str | None) or text_field not in row:
+            raise UserError(
+                f"--hub={name}: row {number:,} has no text under {text_field!r}, but {', '.join(row)}; "
+                "see --text-field"
+            )
+        if (row[text_field] or "").strip():
+            yield row[text_field]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _kind(path: Path) -> str:
@@ -179,22 +237,23 @@ def _lines(path: Path) -> Iterator[str]:
 def write_shards(
     documents: Iterator[str],
     folder: Path,
-    num_bytes: int,
+    num_bytes: int | None,
     chars_per_shard: int,
     val_share: float = 0.01,
     seed: int = 0,
 ) -> list[dict]:
     """Write shuffled shards into an empty folder; returns name, documents, characters, bytes, sha256 of each.
 
-    num_bytes: about how much text there is; it decides on the number of buckets. UserError for fewer than two
-    documents.
+    num_bytes: about how much text there is, None if unknown; it decides on the number of buckets. UserError for
+    fewer than two documents.
     """
-    rng, num_buckets = random.Random(seed), min(max(1, -(-num_bytes // chars_per_shard)), MAX_BUCKETS)
+    guess = MAX_BUCKETS if num_bytes is None else -(-num_bytes // chars_per_shard)
+    rng, num_buckets = random.Random(seed), min(max(1, guess), MAX_BUCKETS)
     held_out: list[str] = []  # for validation
     with TemporaryDirectory(dir=folder.parent, prefix=".buckets.") as scratch, ExitStack() as stack:
         paths = [Path(scratch) / str(bucket) for bucket in range(num_buckets)]
         buckets = [stack.enter_context(open(path, "wb")) for path in paths]
-        num_documents = num_held_out_chars = 0
+        num_documents = num_held_out_chars = num_chars = 0
         for num_documents, text in enumerate(documents, start=1):  # noqa: B007
             # the first document is held out, so that there is always one
             data = text.encode("utf-8", errors="replace")  # JSON may hold halves of surrogate pairs
@@ -203,14 +262,15 @@ def write_shards(
                 num_held_out_chars += len(text)
             else:
                 rng.choice(buckets).write(len(data).to_bytes(8, "little") + data)
+                num_chars += len(text)
         if num_documents < 2:
             raise UserError(f"{num_documents} documents: training needs one and validation another")
         stack.close()
         names = _names()
         facts = []
-        for path in paths:
-            texts = list(_take(path))
-            path.unlink()  # the space is needed for the shards
+        together = max(1, num_buckets * chars_per_shard // max(1, num_chars))  # buckets that fill a shard
+        for start in range(0, num_buckets, together):
+            texts = [text for path in paths[start : start + together] for text in _take(path)]
             rng.shuffle(texts)
             facts += [_write(folder / next(names), part) for part in _parts(texts, chars_per_shard)]
         rng.shuffle(held_out)
@@ -221,6 +281,7 @@ def _take(path: Path) -> Iterator[str]:
     with open(path, "rb") as file:
         while size := file.read(8):
             yield file.read(int.from_bytes(size, "little")).decode()
+    path.unlink()  # the space is needed for the shards
 
 
 def _names() -> Iterator[str]:
@@ -263,7 +324,3 @@ def _check_space(folder: Path, num_bytes: int) -> None:
         raise UserError(
             f"{folder} has {free / 1e9:.1f} GB free, but the text needs about {1.3 * num_bytes / 1e9:.1f} GB"
         )
-
-
-if __name__ == "__main__":
-    run(Config, main)

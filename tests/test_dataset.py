@@ -1,17 +1,13 @@
 from __future__ import annotations
 
-import http.server
-import subprocess
-import sys
-import threading
 from itertools import chain
 from pathlib import Path
 
 import pytest
 
-from nanochat import dataset, hub
+from nanochat import dataset
 from nanochat.common import UserError
-from nanochat.dataset import HubShards, list_parquet_files, parquets_iter_batched, split_files
+from nanochat.dataset import list_parquet_files, parquets_iter_batched, split_files
 from tests.toy_data import write_shard
 
 
@@ -75,16 +71,65 @@ def test_older_fineweb_shards_are_used_with_a_notice(base, capsys):
 
 
 def test_the_source_decides_about_the_folder(base, monkeypatch):
-    assert dataset.default_data_dir() == base / "base_data_climbmix"
+    assert dataset.data_folders() == [base / "base_data_climbmix"]
     monkeypatch.setenv("NANOCHAT_DATASET", "fineweb-edu")
-    assert dataset.default_data_dir() == base / "base_data"
+    assert dataset.data_folders() == [base / "base_data"]
     monkeypatch.setenv("NANOCHAT_DATA", "tinyworld")
-    assert dataset.default_data_dir() == base / "tinyworld" / "base_data"
+    assert dataset.data_folders() == [base / "tinyworld" / "base_data"]
     monkeypatch.setenv("NANOCHAT_DATA", "hub")
     monkeypatch.setenv("NANOCHAT_DATASET", "pile")
-    with pytest.raises(UserError, match="climbmix or fineweb-edu"):
-        dataset.default_data_dir()
+    with pytest.raises(UserError, match="use climbmix, fineweb-edu, tinyworld, or import text"):
+        dataset.data_folders()
     assert not (base / "base_data").exists()
+
+
+# --- mixtures ----------------------------------------------------------------------------------------
+
+
+def test_a_mixture_has_shares_that_add_up_and_files_of_all_sets(base, monkeypatch):
+    for name, count in (("mine", 2), ("other", 3)):
+        for index in range(count):
+            write_shard(base / "imported_data" / name / f"{name}_{index}.parquet", [["x"]])
+    monkeypatch.setenv("NANOCHAT_DATASET", "mine:3, other:1")
+    shares = {named.name: share for named, share in dataset.data_sets_in_use().items()}
+    assert shares == {"mine": 0.75, "other": 0.25}
+    assert _names(split_files("train")) == ["mine_0.parquet", "other_0.parquet", "other_1.parquet"]
+    assert _names(split_files("val")) == ["mine_1.parquet", "other_2.parquet"]
+    monkeypatch.setenv("NANOCHAT_DATASET", "mine:1,other:1,climbmix:1")
+    with pytest.raises(UserError, match=r"no parquet file in .*base_data_climbmix"):
+        split_files("train")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (",", "has a place without a name"),
+        ("climbmix:0.7,", "has a place without a name"),
+        ("climbmix,tinyworld", "the weight '' is no positive number; as in a:0.7,b:0.3"),
+        ("climbmix:0,tinyworld:1", "the weight '0' is no positive number"),
+        ("climbmix:-1,tinyworld:1", "the weight '-1' is no positive number"),
+        ("climbmix:nan,tinyworld:1", "the weight 'nan' is no positive number"),
+        ("climbmix:1,climbmix:2", "names climbmix twice"),
+        ("climbmix:1,pile:2", "'pile' is unknown; use climbmix, fineweb-edu, tinyworld, or import text"),
+    ],
+)
+def test_mixtures_that_make_no_sense(base, monkeypatch, text, problem):
+    monkeypatch.setenv("NANOCHAT_DATASET", text)
+    with pytest.raises(UserError, match=problem):
+        dataset.data_sets_in_use()
+
+
+def test_the_text_of_a_mixture_comes_in_its_shares(base, monkeypatch):
+    """For the tokenizer: 3 to 1 in characters, and when one set has ended the rest of the other."""
+    for name, length, count in (("mine", 10, 30), ("other", 40, 30)):
+        groups = [[name[0] * length] for _ in range(count)]
+        write_shard(base / "imported_data" / name / "a.parquet", groups)
+        write_shard(base / "imported_data" / name / "b.parquet", [["val"]])
+    monkeypatch.setenv("NANOCHAT_DATASET", "mine:3,other:1")
+    texts = [text for batch in parquets_iter_batched("train") for text in batch]
+    assert len(texts) == 60
+    first = "".join(texts[:26])  # two of the other set for every 24 of this one
+    assert first.count("m") == 3 * first.count("o") == 240
 
 
 # --- reading -----------------------------------------------------------------------------------------
@@ -108,128 +153,3 @@ def test_missing_texts_become_empty_documents(tmp_path):
     pq.write_table(pa.table({"text": ["a", None], "id": [1, 2]}), tmp_path / "a.parquet")
     write_shard(tmp_path / "b.parquet", [["x"]])
     assert list(parquets_iter_batched("train", data_dir=tmp_path)) == [["a", ""]]
-
-
-# --- downloading -------------------------------------------------------------------------------------
-
-
-class _Server(http.server.ThreadingHTTPServer):
-    """Serves files by name; each name has a list of faults that its first answers suffer."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.files: dict[str, bytes] = {}
-        self.faults: dict[str, list[str]] = {}
-        self.requests: list[str] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    server: _Server
-
-    def do_GET(self) -> None:
-        name = self.path.lstrip("/")
-        self.server.requests.append(name)
-        faults = self.server.faults.get(name)
-        fault = faults.pop(0) if faults else ""
-        if fault.isdigit() or name not in self.server.files:
-            self.send_error(int(fault or 404))
-            return
-        body = self.server.files[name]
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body[: len(body) // 2] if fault == "cut" else body)
-
-    def log_message(self, *args) -> None:
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(hub, "BACKOFF_S", 0.0)
-    server = _Server()
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def _serve(server: _Server, monkeypatch, last_shard: int) -> HubShards:
-    shards = HubShards("climbmix", server.url, last_shard, "base_data_climbmix")
-    for index in range(last_shard + 1):
-        server.files[shards.file_name(index)] = bytes([index]) * 5000
-    monkeypatch.setattr(dataset, "CLIMBMIX", shards)
-    monkeypatch.setattr(dataset, "HUB_SHARDS", {"climbmix": shards})
-    return shards
-
-
-def _contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*") if path.suffix != ".lock"}
-
-
-def test_the_validation_shard_is_always_fetched(base, server, monkeypatch, capsys):
-    shards = _serve(server, monkeypatch, last_shard=5)
-    dataset.main(dataset.Config(num_files=2))
-    assert _contents(base / shards.folder) == {
-        shards.file_name(index): server.files[shards.file_name(index)] for index in (0, 1, 5)
-    }
-    assert "data source: hub, climbmix: 2 training shards" in capsys.readouterr().out
-    server.requests.clear()
-    dataset.main(dataset.Config(num_files=3, num_workers=1))
-    assert server.requests == [shards.file_name(2)], "what is there is not fetched again"
-    dataset.main(dataset.Config())
-    assert len(_contents(base / shards.folder)) == 6
-
-
-@pytest.mark.parametrize("faults", [["503", "429"], ["cut"], ["cut", "500", "cut"]])
-def test_passing_faults_end_in_the_right_file(base, server, monkeypatch, faults):
-    shards = _serve(server, monkeypatch, last_shard=1)
-    server.faults[shards.file_name(0)] = list(faults)
-    dataset.main(dataset.Config(num_files=1))
-    folder = base / shards.folder
-    assert _contents(folder) == {name: server.files[name] for name in server.files}
-    assert server.requests.count(shards.file_name(0)) == len(faults) + 1
-
-
-@pytest.mark.parametrize("faults", [["cut"] * 9, ["503"] * 9, ["404"]])
-def test_lasting_faults_fail_and_leave_nothing_half_written(base, server, monkeypatch, faults):
-    shards = _serve(server, monkeypatch, last_shard=1)
-    server.faults[shards.file_name(0)] = list(faults)
-    with pytest.raises(UserError, match=r"1 shards could not be fetched .* NANOCHAT_DATA=tinyworld"):
-        dataset.main(dataset.Config(num_files=1))
-    assert list(_contents(base / shards.folder)) == [shards.file_name(1)]
-
-
-def test_a_failed_download_exits_with_a_status(tmp_path):
-    environment = {"NANOCHAT_BASE_DIR": str(tmp_path), "PATH": "", "NANOCHAT_DATA": "hub"}
-    code = (
-        "from nanochat import dataset, hub; from nanochat.configurator import run\n"
-        "hub.BACKOFF_S = 0\n"
-        "dataset.HUB_SHARDS = {'climbmix': dataset.HubShards('climbmix', 'http://127.0.0.1:9', 1, 'd')}\n"
-        "run(dataset.Config, dataset.main, ['-n', '1'])"
-    )
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert "error: 2 shards could not be fetched" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_the_embedded_source_is_generated_once(base, monkeypatch, capsys):
-    monkeypatch.setenv("NANOCHAT_DATA", "tinyworld")
-    from nanochat.tinyworld.sizes import SMALLEST_CHARS
-
-    dataset.main(dataset.Config(chars=SMALLEST_CHARS))
-    out = capsys.readouterr().out
-    assert "data source: tinyworld, seed 0" in out and "already there" not in out
-    assert all(any(texts) for texts in parquets_iter_batched("val"))
-    dataset.main(dataset.Config(chars=SMALLEST_CHARS))
-    assert "already there" in capsys.readouterr().out

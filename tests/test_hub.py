@@ -6,18 +6,16 @@ import io
 import json
 import subprocess
 import sys
-import threading
-from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import hub
+from nanochat import download
 from nanochat.common import UserError
 from nanochat.hub import HubDataset, data_file, download_file_with_lock, load_hub_dataset
+from tests.hub_server import HubServer, serving
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,49 +26,10 @@ def parquet_bytes(rows: list[dict]) -> bytes:
     return buffer.getvalue()
 
 
-class Server:
-    """A web server on localhost with some files, and faults for the first requests of a path."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
-        self.faults: dict[str, list[str]] = {}
-        self.hits: Counter[str] = Counter()
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                server.answer(self)
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
-        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    def answer(self, request: BaseHTTPRequestHandler) -> None:
-        self.hits[request.path] += 1
-        faults = self.faults.get(request.path)
-        fault = faults.pop(0) if faults else ""
-        if fault.isdigit() or request.path not in self.files:
-            request.send_error(int(fault or 404))
-            return
-        body = self.files[request.path]
-        request.send_response(200)
-        request.send_header("Content-Length", str(len(body)))
-        request.end_headers()
-        request.wfile.write(body[: len(body) // 2] if fault == "cut" else body)
-
-    def close(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-
-
 @pytest.fixture
 def server():
-    server = Server()
-    yield server
-    server.close()
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)
@@ -78,10 +37,10 @@ def surroundings(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.setenv("NANOCHAT_DATA", "hub")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(hub, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(download, "BACKOFF_S", 0.01)
 
 
-def offer_dataset(server: Server, num_files: int = 2) -> str:
+def offer_dataset(server: HubServer, num_files: int = 2) -> str:
     listing = "/api/datasets/owner/name/parquet/default/train"
     urls = []
     for index in range(num_files):
@@ -137,6 +96,18 @@ def test_dataset_is_downloaded_once_and_concatenated_in_order(server, monkeypatc
     assert server.hits == {listing: 1, "/files/0.parquet": 1, "/files/1.parquet": 1}
 
 
+def test_half_a_file_is_never_read(server, monkeypatch, tmp_path):
+    offer_dataset(server)
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    server.faults["/files/1.parquet"] = ["cut"] * 99
+    with pytest.raises(UserError, match="cannot download"):
+        load_hub_dataset("owner/name")
+    folder = tmp_path / "base" / "task_data" / "owner--name" / "default" / "train"
+    assert [path.name for path in folder.glob("*.parquet")] == ["00000.parquet"]
+    server.faults.clear()
+    assert len(load_hub_dataset("owner/name")) == 6
+
+
 def test_interrupted_download_continues_with_the_missing_file(server, monkeypatch):
     offer_dataset(server)
     monkeypatch.setenv("HF_ENDPOINT", server.url)
@@ -160,36 +131,6 @@ def test_two_processes_download_once(server, tmp_path):
     outputs = [process.communicate(timeout=60)[0].decode() for process in processes]
     assert [output.splitlines()[-1] for output in outputs] == ["6", "6"]
     assert set(server.hits.values()) == {1}
-
-
-@pytest.mark.parametrize("faults", [["503", "429"], ["cut"], ["cut", "500", "cut"]])
-def test_network_trouble_is_retried(server, tmp_path, faults):
-    body = bytes(range(256)) * 100
-    server.files["/file"] = body
-    server.faults["/file"] = list(faults)
-    path = download_file_with_lock(f"{server.url}/file", tmp_path / "file")
-    assert path.read_bytes() == body
-    assert server.hits["/file"] == len(faults) + 1
-
-
-def test_a_refusal_is_not_retried_and_leaves_nothing(server, tmp_path):
-    with pytest.raises(UserError, match="404"):
-        download_file_with_lock(f"{server.url}/nothing", tmp_path / "file")
-    assert server.hits["/nothing"] == 1
-    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
-
-
-def test_giving_up_is_a_user_error_and_leaves_nothing(server, tmp_path):
-    server.files["/file"] = b"x" * 1000
-    server.faults["/file"] = ["cut"] * hub.ATTEMPTS
-    with pytest.raises(UserError, match="cannot download"):
-        download_file_with_lock(f"{server.url}/file", tmp_path / "file")
-    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
-
-
-def test_nobody_listening_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="ConnectionError"):
-        download_file_with_lock("http://127.0.0.1:9/file", tmp_path / "file")
 
 
 def test_postprocessing_happens_before_the_file_appears(server, tmp_path):

@@ -22,7 +22,7 @@ TRAINING_NEEDS = {"torch", "numpy", "pyarrow", "tiktoken", "rustbpe", "nanochat"
 # Ground first; a module imports at its top level only from its own layer or below.
 LIBRARY_LAYERS = [
     {"common", "configurator"},
-    {"tokenizer", "tokenizer_base", "tokenizer_hf", "tokenizer_files", "conversation", "tinyworld", "hub", "dataset", "packing", "prefetch", "document_reader", "dataloader", "chat_loader"},
+    {"tokenizer", "tokenizer_base", "tokenizer_hf", "tokenizer_files", "conversation", "tinyworld", "download", "manifests", "hub", "dataset", "packing", "prefetch", "mixture", "document_reader", "dataloader", "chat_loader"},
     {"gpt", "kv_cache", "flash_attention", "muon", "sharding", "optim", "scaling", "schedule", "compilation", "batch_fit", "fp8", "head_loss", "precision", "config_versions"},
     {"checkpoint_manager", "metrics", "trainer"},
     {"calculator", "execution", "sandbox_harness", "sampling", "row_cache", "prefix_store", "requests", "scheduler", "engine", "serve"},

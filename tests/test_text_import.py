@@ -16,7 +16,8 @@ import pytest
 
 from nanochat import dataset, text_import
 from nanochat.common import UserError, read_json
-from nanochat.text_import import Config, find_files, main, read_documents, write_shards
+from nanochat.manifests import imported_set
+from nanochat.text_import import Config, find_files, import_text, read_documents, write_shards
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,14 +57,14 @@ def stored(split: str) -> list[str]:
 
 def test_every_document_of_every_kind_of_file_is_there_once(tmp_path, base, capsys):
     texts = make_sources(tmp_path / "src")
-    main(Config(name="mine", files=str(tmp_path / "src"), chars_per_shard=3000, val_share=0.05))
+    import_text(Config(name="mine", files=str(tmp_path / "src"), chars_per_shard=3000, val_share=0.05))
     train, held_out = stored("train"), stored("val")
     assert sorted(train + held_out) == sorted(texts)
     assert 3 <= len(held_out) <= 40
     assert train != sorted(train) and len(dataset.list_parquet_files()) > 3
     # shuffled over the files, not only within them
     assert len({texts.index(text) // 100 for text in train[:30]}) == 3
-    folder = dataset.imported_dir("mine")
+    folder = imported_set("mine").path
     record = read_json(folder / "manifest.json")
     assert sum(fact["documents"] for fact in record["files"]) == 300
     for fact in record["files"]:
@@ -72,7 +73,7 @@ def test_every_document_of_every_kind_of_file_is_there_once(tmp_path, base, caps
     assert sorted(path.name for path in folder.parent.iterdir()) == ["mine"], "something temporary is left"
     assert "300 documents" in capsys.readouterr().out
     with pytest.raises(UserError, match="exists already"):
-        main(Config(name="mine", files=str(tmp_path / "src")))
+        import_text(Config(name="mine", files=str(tmp_path / "src")))
 
 
 def test_the_same_seed_gives_the_same_shards(tmp_path):
@@ -107,12 +108,12 @@ def test_memory_holds_a_bucket_not_the_text(tmp_path):
 
 def test_two_documents_are_enough_and_one_is_not(tmp_path, base):
     (tmp_path / "two.jsonl").write_text(json_lines(["a", "b"]))
-    main(Config(name="mine", files=str(tmp_path / "two.jsonl")))
+    import_text(Config(name="mine", files=str(tmp_path / "two.jsonl")))
     assert {len(stored("train")), len(stored("val"))} == {1}
     (tmp_path / "one.txt").write_text("alone")
     with pytest.raises(UserError, match="1 documents: training needs one and validation another"):
-        main(Config(name="other", files=str(tmp_path / "one.txt")))
-    assert not dataset.imported_dir("other").exists()
+        import_text(Config(name="other", files=str(tmp_path / "one.txt")))
+    assert not imported_set("other").path.exists()
 
 
 @pytest.mark.parametrize("total", [1, 90, 149, 151, 260, 1000])
@@ -157,16 +158,16 @@ def test_another_field_and_lone_surrogates(tmp_path):
 def test_broken_files_are_named_with_line_and_reason(tmp_path, base, name, content, problem):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=problem):
-        main(Config(name="mine", files=str(tmp_path / name)))
-    assert not dataset.imported_dir("mine").exists()
+        import_text(Config(name="mine", files=str(tmp_path / name)))
+    assert not imported_set("mine").path.exists()
 
 
 def test_a_parquet_file_without_the_column(tmp_path, base):
     pq.write_table(pa.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet has no column `text`, only body, n"):
-        main(Config(name="mine", files=str(tmp_path / "a.parquet")))
+        import_text(Config(name="mine", files=str(tmp_path / "a.parquet")))
     with pytest.raises(UserError, match="n of row 0 is a int, not text"):
-        main(Config(name="mine", files=str(tmp_path / "a.parquet"), text_field="n"))
+        import_text(Config(name="mine", files=str(tmp_path / "a.parquet"), text_field="n"))
 
 
 def test_nothing_to_read_and_bad_settings(tmp_path, base):
@@ -174,11 +175,14 @@ def test_nothing_to_read_and_bad_settings(tmp_path, base):
         find_files([str(tmp_path)])
     with pytest.raises(UserError, match="does not exist"):
         find_files([str(tmp_path / "none")])
+    for both in ({}, {"files": "x", "hub": "y"}):
+        with pytest.raises(UserError, match="give either --files or --hub"):
+            import_text(Config(name="mine", **both))
     for wrong in ("climbmix", "../up", ""):
         with pytest.raises(UserError, match="must be new"):
-            main(Config(name=wrong, files="x"))
+            import_text(Config(name=wrong, files="x"))
     with pytest.raises(
-        UserError, match="is unknown; use climbmix or fineweb-edu, or import text under this name"
+        UserError, match="is unknown; use climbmix, fineweb-edu, tinyworld, or import text under this name"
     ):
         dataset.split_files("train")
 
@@ -187,4 +191,54 @@ def test_a_disk_that_is_too_full_is_said_before_anything_is_written(tmp_path, ba
     (tmp_path / "a.txt").write_text("text")
     monkeypatch.setattr(text_import, "_unpacked_bytes", lambda path: 10**18)
     with pytest.raises(UserError, match="but the text needs about 1300000000"):
-        main(Config(name="mine", files=str(tmp_path / "a.txt")))
+        import_text(Config(name="mine", files=str(tmp_path / "a.txt")))
+
+
+# --- Hugging Face data sets --------------------------------------------------------------------------
+
+
+def save_hub_folder(folder: Path, texts: list) -> None:
+    """A data set as the hub holds it: parquet files in data/, several of them."""
+    (folder / "data").mkdir(parents=True)
+    half = len(texts) // 2
+    for index, part in enumerate((texts[:half], texts[half:])):
+        table = pa.table({"id": range(len(part)), "body": part})
+        pq.write_table(table, folder / "data" / f"train-{index:05d}-of-00002.parquet", row_group_size=50)
+
+
+@pytest.fixture
+def no_network(tmp_path, monkeypatch):
+    """The library `datasets` with its caches here and the hub out of reach."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+def test_a_hugging_face_data_set_is_streamed_into_shards(tmp_path, base, no_network):
+    texts = [f"text {i} " + "x" * 20 for i in range(400)]
+    save_hub_folder(tmp_path / "set", [*texts, None, " "])
+    import_text(
+        Config(
+            name="mine", hub=str(tmp_path / "set"), text_field="body", chars_per_shard=2000, val_share=0.05
+        )
+    )
+    assert sorted(stored("train") + stored("val")) == sorted(texts)
+    assert 4 <= len(dataset.list_parquet_files()) <= 9, "shards are of the size asked for, not one per bucket"
+    assert "split train" in read_json(imported_set("mine").path / "manifest.json")["sources"][0]
+
+
+def test_what_is_wrong_with_a_hugging_face_data_set(tmp_path, base, no_network):
+    save_hub_folder(tmp_path / "set", ["a", "b", "c"])
+    source = str(tmp_path / "set")
+    with pytest.raises(UserError, match="row 0 has no text under 'text', but id, body; see --text-field"):
+        import_text(Config(name="mine", hub=source))
+    with pytest.raises(UserError, match="no text under 'id'"):
+        import_text(Config(name="mine", hub=source, text_field="id"))
+    with pytest.raises(UserError, match=r"--hub=.*(split|train)"):
+        import_text(Config(name="mine", hub=source, split="validation", text_field="body"))
+    with pytest.raises(UserError, match="--hub=nobody/nothing: "):
+        import_text(Config(name="mine", hub="nobody/nothing"))
+    assert not imported_set("mine").path.exists()
