@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from nanochat.common import UserError, World
-from nanochat.dataset import split_files
+from nanochat.dataset import data_sets_in_use, split_files
 from nanochat.document_reader import DocumentKey, DocumentReader, DocumentTokenizer, fitting_sizes
+from nanochat.mixture import MixturePacker
 from nanochat.packing import BestFitBuffer
-from nanochat.prefetch import Batch, BatchStream
+from nanochat.prefetch import Batch, BatchStream, Packer
 
 STATE_FORMAT = 1
 
@@ -46,6 +47,10 @@ class Snapshot:
     buffered: tuple[DocumentKey, ...]  # in order of arrival
     offset: int  # tokens already used of the first buffered document (stream packing only)
     stats: PackingStats
+
+    @property
+    def num_rows(self) -> int:
+        return self.stats.rows
 
 
 # --- packing -----------------------------------------------------------------------------------------
@@ -147,9 +152,10 @@ class StreamPacker:
 class PretrainLoader:
     """Endless iterator over the batches of one rank; state_dict() is the state after the last one returned.
 
+    Rows of a mixture of sets (NANOCHAT_DATASET) come from the sets in their shares; see nanochat/mixture.py.
     Packing runs in a background thread; close() stops it (as does dropping the loader). With `state` the
     loader continues exactly, whatever the batch size and the number of ranks; UserError if the files are gone
-    or changed, or packing or seq_len differ. Upstream's three-key states are accepted, approximately.
+    or changed, or packing, seq_len or mixture differ. Upstream's three-key states are accepted, approximately.
     """
 
     def __init__(
@@ -167,65 +173,80 @@ class PretrainLoader:
         data_dir: Path | None = None,
     ) -> None:
         assert packing in ("bestfit", "stream"), f"packing is {packing!r}"
-        files = split_files(split, data_dir, warn_on_legacy=split == "train" and world.is_main)
         self._identity = {"format": STATE_FORMAT, "packing": packing, "seq_len": seq_len}
-        if state is not None and "format" in state:
-            _check_identity(state, self._identity)
-            files = _saved_files(state["files"], files[0].parent)
-        self._files = [[path.name, path.stat().st_size] for path in files]
-        self._snapshot = _start(state, world.size)
-        start = self._snapshot.reader, self._snapshot.last_read
-        if packing == "bestfit":
-            buffer_size, tokenizer_batch_size = fitting_sizes(files, buffer_size, tokenizer_batch_size)
-            reader = DocumentReader(files, tokenizer, tokenizer_batch_size, *start)
-            packer = BestFitPacker(reader, seq_len, buffer_size, self._snapshot)
+        sets = data_sets_in_use() if data_dir is None else {}
+        if len(sets) > 1:
+            self._identity["mixture"] = [[named.name, share] for named, share in sets.items()]
+            folders: list[Path | None] = [named.path for named in sets]
         else:
-            reader = DocumentReader(files, tokenizer, tokenizer_batch_size, *start)
-            packer = StreamPacker(reader, seq_len, self._snapshot)
+            folders = [data_dir]
+        states = _states(state, self._identity, len(folders))
+        self._files: list[list[list]] = []
+        self._snapshots: tuple[Snapshot, ...] = tuple(_start(old, world.size) for old in states)
+        packers: list[Packer[Snapshot]] = []
+        for folder, old, snapshot in zip(folders, states, self._snapshots, strict=True):
+            files = split_files(split, folder, warn_on_legacy=split == "train" and world.is_main)
+            if old is not None and "files" in old:
+                files = _saved_files(old["files"], files[0].parent)
+            self._files.append([[path.name, path.stat().st_size] for path in files])
+            start = snapshot.reader, snapshot.last_read
+            if packing == "bestfit":
+                places, slice_size = fitting_sizes(files, buffer_size, tokenizer_batch_size)
+                reader = DocumentReader(files, tokenizer, slice_size, *start)
+                packers.append(BestFitPacker(reader, seq_len, places, snapshot))
+            else:
+                reader = DocumentReader(files, tokenizer, tokenizer_batch_size, *start)
+                packers.append(StreamPacker(reader, seq_len, snapshot))
+        packer = MixturePacker[Snapshot](packers, list(sets.values()) if len(sets) > 1 else [1.0])
         self._stream = BatchStream(packer, batch_size, seq_len, world)
 
     def __iter__(self) -> PretrainLoader:
         return self
 
     def __next__(self) -> Batch:
-        batch, self._snapshot, _ = self._stream.next()
+        batch, self._snapshots, _ = self._stream.next()
         return batch
 
     @property
     def epoch(self) -> int:
-        """Pass over the data, from 1, that the last batch had read up to."""
-        return self._snapshot.last_read.epoch
+        """Pass over the data, from 1, that the last batch had read up to; of a mixture, of the set read most."""
+        return max(snapshot.last_read.epoch for snapshot in self._snapshots)
 
     @property
     def position(self) -> str:
         """File and row group that the last batch had read up to, for the log."""
-        return f"pq: {self._snapshot.last_read.file} rg: {self._snapshot.last_read.row_group}"
+        reads = [snapshot.last_read for snapshot in self._snapshots]
+        return ", ".join(f"pq: {read.file} rg: {read.row_group}" for read in reads)
 
     def stats(self) -> dict[str, int | float]:
         """Rows and tokens used and dropped so far, over all ranks, and the share dropped."""
-        stats = self._snapshot.stats
-        total = stats.tokens_used + stats.tokens_dropped
-        return {**asdict(stats), "fraction_dropped": stats.tokens_dropped / total if total else 0.0}
+        parts = [asdict(snapshot.stats) for snapshot in self._snapshots]
+        stats = {name: sum(part[name] for part in parts) for name in parts[0]}
+        total = stats["tokens_used"] + stats["tokens_dropped"]
+        return {**stats, "fraction_dropped": stats["tokens_dropped"] / total if total else 0.0}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue after the last batch returned, as JSON values; alike on all ranks."""
-        snapshot = self._snapshot
-        return {
-            **self._identity,
-            "files": self._files,
-            "pq_idx": snapshot.last_read.file,
-            "rg_idx": snapshot.last_read.row_group,
-            "epoch": snapshot.last_read.epoch,
-            "last_row": snapshot.last_read.row,
-            "reader": list(snapshot.reader),
-            "buffered": _grouped(snapshot.buffered),
-            "offset": snapshot.offset,
-            "stats": asdict(snapshot.stats),
-        }
+        states = [_state(s, files) for s, files in zip(self._snapshots, self._files, strict=True)]
+        return {**self._identity, **(states[0] if len(states) == 1 else {"sets": states})}
 
     def close(self) -> None:
         """Stop the background thread."""
         self._stream.close()
+
+
+def _state(snapshot: Snapshot, files: list[list]) -> dict[str, Any]:
+    return {
+        "files": files,
+        "pq_idx": snapshot.last_read.file,
+        "rg_idx": snapshot.last_read.row_group,
+        "epoch": snapshot.last_read.epoch,
+        "last_row": snapshot.last_read.row,
+        "reader": list(snapshot.reader),
+        "buffered": _grouped(snapshot.buffered),
+        "offset": snapshot.offset,
+        "stats": asdict(snapshot.stats),
+    }
 
 
 def _grouped(keys: Sequence[DocumentKey]) -> list[list]:
@@ -240,7 +261,7 @@ def _start(state: dict[str, Any] | None, world_size: int) -> Snapshot:
         return Snapshot(first, first, (), 0, PackingStats())
     epoch = state.get("epoch", 1)
     last_read = DocumentKey(epoch, state["pq_idx"], state["rg_idx"], state.get("last_row", 0))
-    if "format" not in state:
+    if "reader" not in state:
         # Upstream: each rank goes on one stride of row groups after rank 0's. Together: all from there on.
         row_group = (state["rg_idx"] // world_size + 1) * world_size
         return Snapshot(last_read._replace(row_group=row_group), last_read, (), 0, PackingStats())
@@ -251,10 +272,23 @@ def _start(state: dict[str, Any] | None, world_size: int) -> Snapshot:
     return Snapshot(DocumentKey(*state["reader"]), last_read, buffered, state["offset"], stats)
 
 
+def _states(
+    state: dict[str, Any] | None, identity: dict[str, Any], num_sets: int
+) -> Sequence[dict[str, Any] | None]:
+    """The saved states of the sets of a mixture, or of the only one."""
+    if state is None:
+        return [None] * num_sets
+    if "format" in state or num_sets > 1:
+        _check_identity(state, identity)
+    return [state] if num_sets == 1 else state["sets"]
+
+
 def _check_identity(state: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for name, value in wanted.items():
-        if state.get(name) != value:
-            raise UserError(f"cannot resume the data: {name} was {state.get(name)!r} and is now {value!r}")
+    for name in ("format", "packing", "seq_len", "mixture"):
+        if state.get(name) != wanted.get(name):
+            raise UserError(
+                f"cannot resume the data: {name} was {state.get(name)!r} and is now {wanted.get(name)!r}"
+            )
 
 
 def _saved_files(saved: list[list], folder: Path) -> list[Path]:
