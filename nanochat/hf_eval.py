@@ -30,7 +30,10 @@ class HuggingFaceModel:
         try:
             model = cast(torch.nn.Module, AutoModelForCausalLM.from_pretrained(path))
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot load the model {path}: {str(error).splitlines()[0]}") from None
+            raise UserError(
+                f"cannot load the model {path}: {str(error).splitlines()[0]} "
+                "(without network: a folder of the model; behind a mirror: HF_ENDPOINT)"
+            ) from None
         return cls(model.to(device).eval(), GPT2_CONTEXT if "gpt2" in path else None)
 
     def get_device(self) -> torch.device:

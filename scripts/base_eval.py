@@ -1,7 +1,7 @@
 """Evaluate a base model: CORE, bits per byte of the training and validation text, and samples to look at.
 
 python -m scripts.base_eval
-python -m scripts.base_eval --hf-path=openai-community/gpt2 --eval=core,bpb
+python -m scripts.base_eval --hf-path=openai-community/gpt2 --eval=core     # self-check: published scores beside
 """
 
 from __future__ import annotations
@@ -188,11 +188,27 @@ def core(cfg: Config, subject: Subject, world: World, results: dict) -> dict[str
     results |= {"CORE metric": outcome["core_metric"], "CORE 95% low": low, "CORE 95% high": high}
     print0(f"CORE metric: {outcome['core_metric']:.4f} (95 % of resampled examples: {low:.4f} to {high:.4f})")
     print0(f"examples: {examples}")
+    check_known_scores(cfg, outcome)
     if world.is_main:
         path = get_base_dir() / "base_eval" / f"{subject.slug}.csv"
         write_table(path, outcome["results"], outcome["centered_results"], outcome["core_metric"])
         print0(f"table: {path}")
     return outcome["centered_results"]
+
+
+def check_known_scores(cfg: Config, outcome: dict) -> None:
+    """Print the published scores of the model, or of the models that it lies between; only of the real bundle."""
+    from nanochat.common import data_source, print0
+    from nanochat.reference_scores import compare, neighbours, reference_of
+
+    if data_source() != "hub":
+        return
+    reference = reference_of(cfg.hf_path) if cfg.hf_path else None
+    if reference is not None:
+        lines = compare(reference, outcome["core_metric"], outcome["results"], cfg.max_per_task < 0)
+        print0("\n".join(lines))
+    elif cfg.max_per_task < 0:
+        print0(f"for comparison: {neighbours(outcome['core_metric'])}")
 
 
 def write_table(path: Path, accuracies: dict[str, float], centered: dict[str, float], metric: float) -> None:
