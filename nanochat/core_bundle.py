@@ -57,12 +57,14 @@ def _fetch_bundle(folder: Path) -> None:
     with FileLock(base / "eval_bundle.lock"):
         if (folder / "core.yaml").is_file():  # another process was first
             return
+        archive = download_file_with_lock(BUNDLE_URL, base / "eval_bundle.zip")  # continued after a kill
         with TemporaryDirectory(dir=base, prefix=".eval_bundle.") as scratch:
-            archive = download_file_with_lock(BUNDLE_URL, Path(scratch) / "eval_bundle.zip")
             try:
                 zipfile.ZipFile(archive).extractall(scratch)
             except zipfile.BadZipFile as error:
                 raise UserError(f"{BUNDLE_URL} is not a zip archive: {error}") from None
+            finally:
+                archive.unlink()
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(Path(scratch) / "eval_bundle", folder)
 

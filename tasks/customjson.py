@@ -49,14 +49,14 @@ def identity_file() -> Path:
 
 
 def _read(path: Path) -> list[list[Message]]:
-    with open(path, encoding="utf-8") as file:
-        return [_parse(line, f"{path}:{number}") for number, line in enumerate(file, start=1) if line.strip()]
+    lines = path.read_bytes().split(b"\n")
+    return [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
 
 
-def _parse(line: str, where: str) -> list[Message]:
+def _parse(line: bytes, where: str) -> list[Message]:
     try:
-        messages = json.loads(line)
-    except ValueError as error:
+        messages = json.loads(line.decode("utf-8"))
+    except ValueError as error:  # UnicodeDecodeError is one, too
         raise RowError(f"{where}: not valid JSON: {error}") from None
     if isinstance(messages, dict) and "messages" in messages:
         messages = messages["messages"]
