@@ -32,7 +32,7 @@ def metrics_of(sections: Sequence[Mapping]) -> ByStage:
 
 
 def intervals_of(sections: Sequence[Mapping]) -> Intervals:
-    """{metric: {stage: (low, high)}}: of CORE as evaluated, of tasks from their numbers of problems."""
+    """{metric: {stage: (low, high)}}: of CORE and ChatCORE as evaluated, of tasks from their numbers of problems."""
     found: Intervals = {}
     for section in sections:
         values = dict(_numbers(section))
@@ -40,6 +40,9 @@ def intervals_of(sections: Sequence[Mapping]) -> Intervals:
             found.setdefault("CORE", {})["base"] = (values["CORE 95% low"], values["CORE 95% high"])
         if section["slug"].startswith("chat-evaluation-"):
             stage = section["slug"].removeprefix("chat-evaluation-")
+            if "ChatCORE 95% low" in values:
+                interval = (values["ChatCORE 95% low"], values["ChatCORE 95% high"])
+                found.setdefault("ChatCORE", {})[stage] = interval
             for task, interval in task_intervals(values).items():
                 found.setdefault(task, {})[stage] = interval
     return found

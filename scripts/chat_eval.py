@@ -45,7 +45,7 @@ def main(cfg: Config) -> None:
     from nanochat.common import data_source, distributed, print0
     from nanochat.engine import Engine
     from nanochat.report import get_report
-    from tasks.chat_eval import EvalOptions, run_chat_eval
+    from tasks.chat_eval import EvalOptions, chat_core_interval, run_chat_eval
 
     names = task_names(cfg)
     if cfg.dtype:
@@ -58,9 +58,12 @@ def main(cfg: Config) -> None:
             cfg.batch_size, cfg.num_samples, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.max_problems
         )
         scores = run_chat_eval(names, Engine(model, tokenizer), world, options)
-        metrics = summary(scores)
+        metrics, interval = summary(scores), chat_core_interval(scores)
         for name, value in metrics.items():
             print0(f"{name}: {value:.4f}")
+        if interval is not None:
+            metrics |= {"ChatCORE 95% low": interval.low, "ChatCORE 95% high": interval.high}
+            print0(f"95 % of resampled problems give a ChatCORE of {interval.low:.4f} to {interval.high:.4f}")
         if world.is_main:
             save(directory / f"chat_eval_{step:06d}.json", scores, metrics, asdict(options))
         accuracies: dict[str, float] = {name: score.accuracy for name, score in scores.items()}

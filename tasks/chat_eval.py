@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from nanochat.common import UserError, World, print0
-from nanochat.confidence import Interval, wilson
+from nanochat.confidence import Interval, bootstrap_mean_of_tasks, wilson
 from nanochat.core_eval import centered
 from nanochat.core_scoring import padded_length
 from nanochat.engine import Engine, SamplingParams
@@ -127,6 +127,17 @@ def chat_core(accuracies: Mapping[str, float], tasks: Sequence[str] = ALL_TASKS)
     if not all(name in accuracies for name in tasks):
         return None
     return sum(centered(accuracies[name], CHANCE[name]) for name in tasks) / len(tasks)
+
+
+def chat_core_interval(scores: Mapping[str, TaskScore], tasks: Sequence[str] = ALL_TASKS) -> Interval | None:
+    """What ChatCORE may be on other problems of the same tasks, 95 times out of 100, by bootstrap; None as above."""
+    if not all(name in scores and scores[name].total for name in tasks):
+        return None
+    answers = [
+        [True] * score.passed + [False] * (score.total - score.passed)
+        for score in (scores[name] for name in tasks)
+    ]
+    return bootstrap_mean_of_tasks(answers, [CHANCE[name] for name in tasks])[1]
 
 
 # --- choosing a letter -------------------------------------------------------------------------------

@@ -18,7 +18,15 @@ from nanochat.tokenizer import RustBPETokenizer
 from scripts import base_eval, base_loss
 from scripts import chat_eval as script
 from tasks import chat_eval
-from tasks.chat_eval import ALL_TASKS, FIVE_TASKS, EvalOptions, TaskScore, chat_core, evaluate_task
+from tasks.chat_eval import (
+    ALL_TASKS,
+    FIVE_TASKS,
+    EvalOptions,
+    TaskScore,
+    chat_core,
+    chat_core_interval,
+    evaluate_task,
+)
 from tasks.common import MultipleChoice, Task
 from tests.toy_data import make_world
 
@@ -197,6 +205,19 @@ def test_summary_names_only_what_was_evaluated():
     assert script.summary({"GSM8K": scores["GSM8K"]}) == {}
 
 
+def test_chat_core_has_an_interval_that_narrows_with_more_problems():
+    few, many = (
+        {name: TaskScore(name, count // 2, count, 0, 0.0) for name in ALL_TASKS} for count in (20, 2000)
+    )
+    value = script.summary(many)["ChatCORE metric"]
+    wide, narrow = chat_core_interval(few), chat_core_interval(many)
+    assert wide is not None and narrow is not None
+    assert wide.low < narrow.low < value < narrow.high < wide.high
+    assert narrow.high - narrow.low == pytest.approx((wide.high - wide.low) / 10, rel=0.1)
+    del many["MMLU"]
+    assert chat_core_interval(many) is None
+
+
 # --- the scripts -------------------------------------------------------------------------------------
 
 
@@ -227,6 +248,7 @@ def test_chat_eval_scores_all_tasks_of_the_embedded_source(run_here, capsys):
     script.main(script.Config(source="sft", max_problems=3, max_new_tokens=4, device_type="cpu"))
     out = capsys.readouterr().out
     assert all(f"{name}: " in out for name in ALL_TASKS) and "ChatCORE metric: " in out
+    assert "95 % of resampled problems give a ChatCORE of" in out
     path = run_here / "chatsft_checkpoints" / "d2" / "chat_eval_000007.json"
     record = json.loads(path.read_text())
     assert list(record["tasks"]) == list(ALL_TASKS)

@@ -49,3 +49,12 @@ def test_a_mean_of_tasks_is_surer_than_each_and_centred():
     each, mean = bootstrap_mean_of_tasks(tasks, [0.25] * 9)
     assert mean.low < (0.5 - 0.25) / 0.75 < mean.high
     assert mean.high - mean.low < 0.6 * (each[0].high - each[0].low) / 0.75
+
+
+def test_the_report_takes_the_interval_of_chat_core_from_its_section():
+    from nanochat.report_scores import intervals_of
+
+    items = [{"ChatCORE metric": 0.2, "ChatCORE 95% low": 0.1, "ChatCORE 95% high": 0.3}]
+    assert intervals_of([{"slug": "chat-evaluation-sft", "items": items}]) == {
+        "ChatCORE": {"sft": (0.1, 0.3)}
+    }
