@@ -1,8 +1,8 @@
-"""Batches of conversations for mid-training and SFT: best-fit packing with padding, exact state.
+"""Batches of conversations for mid-training and SFT: rows packed full, exact state.
 
-Every row starts with BOS. Whole conversations are placed, the longest that fits first; the rest of a row is
-padded with BOS. A conversation longer than a row is cut to it, so that every row takes at least one and the
-packer can never stall. Targets are the next tokens, -1 in padding and, with mask=True, wherever the
+Every row starts with BOS. Whole conversations are placed, the longest first and then those that fill the row
+up; what is left is padded with BOS. A conversation longer than a row is cut to it, so that every row takes at
+least one and the packer can never stall. Targets are the next tokens, -1 in padding and, with mask=True, wherever the
 conversation's loss mask is 0 (what users and tools say). See nanochat/prefetch.py for ranks and batches.
 """
 
@@ -20,6 +20,9 @@ from nanochat.prefetch import Batch, BatchStream
 
 STATE_FORMAT = 1
 BUFFER_SIZE = 100  # conversations to choose from
+# A row counts as full if less than one part in this many is padding. Insisting on full rows uses up the short
+# conversations, and later rows end up emptier: 3.4 % of padding instead of 2.4 on lengths that are hard to pack.
+_PADDING_ACCEPTED = 64
 _UNLIMITED = 1 << 40
 
 
@@ -67,6 +70,7 @@ class ChatStats:
     conversations_dropped: int = 0  # nothing to learn in the part that fits
     tokens_used: int = 0
     tokens_supervised: int = 0
+    tokens_supervised_lost: int = 0  # cut off
     tokens_truncated: int = 0
     tokens_padding: int = 0
 
@@ -111,11 +115,7 @@ class ChatPacker:
     def pack(self, inputs: np.ndarray | None, targets: np.ndarray | None) -> None:
         """Write the next row, or only step over it."""
         filled = num_supervised = 0
-        while filled < self._capacity:
-            self._refill()
-            rendered = self._buffer.take_longest(self._capacity - filled)
-            if rendered is None:
-                break
+        for rendered in self._choose():
             end = filled + len(rendered.tokens)
             self._row.tokens[filled:end], self._row.is_target[filled:end] = rendered
             num_supervised += int(np.count_nonzero(rendered.is_target[0 if filled else 1 :]))
@@ -126,6 +126,16 @@ class ChatPacker:
         if inputs is not None and targets is not None:
             inputs[:] = self._row.tokens[:-1]
             targets[:] = np.where(self._row.is_target[1:], self._row.tokens[1:], -1)
+
+    def _choose(self) -> list[Rendered]:
+        """The conversations of the next row; none when all have been placed."""
+        self._refill()
+        longest = self._buffer.take_longest(self._capacity)
+        if longest is None:
+            return []
+        self._refill()
+        left = self._capacity - len(longest.tokens)
+        return [longest, *self._buffer.take_filling(left, self._capacity // _PADDING_ACCEPTED)]
 
     def snapshot(self) -> ChatSnapshot:
         """State after the rows so far."""
@@ -140,9 +150,10 @@ class ChatPacker:
     def _refill(self) -> None:
         while len(self._buffer) < BUFFER_SIZE and not self._is_read():
             key = self._position
-            rendered, num_cut = self._render(key)
+            rendered, num_cut, num_lost = self._render(key)
             self._position = self._after(key)
             self._counts["tokens_truncated"] += num_cut
+            self._counts["tokens_supervised_lost"] += num_lost
             if rendered.is_target[1:].any():
                 self._num_useless = 0
                 self._counts["conversations_truncated"] += num_cut > 0
@@ -166,8 +177,8 @@ class ChatPacker:
                 f"{self._capacity} tokens; raise --max-seq-len"
             )
 
-    def _render(self, key: ConversationKey) -> tuple[Rendered, int]:
-        """The conversation cut to a row, and the number of tokens cut off."""
+    def _render(self, key: ConversationKey) -> tuple[Rendered, int, int]:
+        """The conversation cut to a row, and the numbers of tokens and of targets cut off."""
         try:
             ids, mask = self._tokenizer.render_conversation(self._task[key.index], max_tokens=_UNLIMITED)
         except ValueError as error:
@@ -175,7 +186,8 @@ class ChatPacker:
         tokens = np.array(ids[: self._capacity], dtype=np.int64)
         if not self._mask:
             mask = [1] * len(ids)
-        return Rendered(tokens, np.array(mask[: self._capacity], dtype=np.bool_)), len(ids) - len(tokens)
+        is_target = np.array(mask[: self._capacity], dtype=np.bool_)
+        return Rendered(tokens, is_target), len(ids) - len(tokens), sum(mask[self._capacity :])
 
 
 class ChatLoader:

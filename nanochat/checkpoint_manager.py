@@ -30,6 +30,7 @@ STAGES = {
     "base": "base_checkpoints",
     "mid": "mid_checkpoints",
     "sft": "chatsft_checkpoints",
+    "dpo": "chatdpo_checkpoints",
     "rl": "chatrl_checkpoints",
 }
 FORMAT_VERSION = 1
@@ -243,7 +244,7 @@ def locate(stage: str, model_tag: str | None = None, step: int | None = None) ->
     return directory, step
 
 
-def latest_stage(stages: tuple[str, ...] = ("rl", "sft", "mid", "base")) -> str:
+def latest_stage(stages: tuple[str, ...] = ("rl", "dpo", "sft", "mid", "base")) -> str:
     """The first of these stages that has a checkpoint."""
     for stage in stages:
         if any(list_steps(path) for path in stage_dir(stage).glob("*")):

@@ -212,7 +212,7 @@ def _completion(request: Request) -> Completion:
 class Config:
     """Options of the self-check."""
 
-    source: str = option("base", "checkpoint family", short="i", choices=("base", "mid", "sft", "rl"))
+    source: str = option("base", "checkpoint family", short="i", choices=("base", "mid", "sft", "dpo", "rl"))
     model_tag: str | None = option(None, "model tag; default: the largest model", short="g")
     step: int | None = option(None, "checkpoint step; default: the last", short="s")
     prompt: str = option("The chemical formula of water is", "text to continue")

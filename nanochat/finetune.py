@@ -28,7 +28,27 @@ N = TypeVar("N", int, float)
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class LoraConfig:
+    """Settings of every stage that can train adapters, see nanochat/lora.py."""
+
+    lora_rank: int = option(0, "train adapters of this rank instead of the weights (LoRA); 0: off")
+    lora_alpha: float = option(16.0, "what the adapters add is multiplied by alpha / rank")
+    lora_lr: float = option(0.01, "learning rate of the adapters (AdamW)")
+
+
+@dataclass(frozen=True)
+class PolicyConfig(LoraConfig):
+    """Learning rates of the stages that shift an already trained model, RL and DPO: small ones."""
+
+    embedding_lr: float = option(0.2, "learning rate of the embedding tables (AdamW)")
+    unembedding_lr: float = option(0.004, "learning rate of the head (AdamW)")
+    matrix_lr: float = option(0.02, "learning rate of the matrices (Muon)")
+    weight_decay: float = option(0.0, "weight decay of the matrices")
+    init_lr_frac: float = option(0.05, "all learning rates are multiplied by this")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(LoraConfig):
     """Settings that mid-training and SFT share. None: as in the run that made the source model."""
 
     run: str = option("dummy", "wandb run name; dummy: no wandb")
@@ -88,6 +108,7 @@ def finetune(
     from nanochat.chat_loader import ChatLoader
     from nanochat.checkpoint_manager import Checkpoint, locate
     from nanochat.common import distributed
+    from nanochat.lora import merge_adapters, train_adapters
     from nanochat.scaling import REFERENCE_BATCH, accumulation_steps
     from nanochat.stage import announce, announce_batch, announce_model, finish, output_folder
     from nanochat.trainer import TrainingPlan, find_resume_point, train
@@ -99,7 +120,8 @@ def finetune(
         tokenizer, directory = source.tokenizer(), output_folder(stage, source.directory, cfg.output_tag)
         resume_from = find_resume_point(directory, world, cfg.resume)
         sizes = inherit_sizes(cfg, source, world)
-        model = (resume_from or source).model(world.device, precision.dtype, sizes.max_seq_len)
+        start = source if cfg.lora_rank else resume_from or source  # adapters come with the optimizer's state
+        model = start.model(world.device, precision.dtype, sizes.max_seq_len)
         model.recompute = source.meta.get("recompute", False)  # the memory has not grown since
         announce_model(model, precision)
 
@@ -112,7 +134,10 @@ def finetune(
         print0(f"{len(train_task):,} conversations, {num_steps:,} steps; {schedule.describe()}")
         lr_scale = (total / REFERENCE_BATCH) ** 0.5
         rates = inherit_rates(cfg, source)
-        optimizer = make_optimizer(cfg, model, source, world, rates, lr_scale)
+        if cfg.lora_rank:
+            optimizer = train_adapters(cfg, model, source, world, cfg.init_lr_frac)
+        else:
+            optimizer = make_optimizer(cfg, model, source, world, rates, lr_scale)
 
         found = (validation(cfg, model, tokenizer, val_task, sizes, world, mask),)
         if more_evaluations is not None:
@@ -148,6 +173,7 @@ def finetune(
             return used[-1]
 
         state = train(plan, world, model, tokenizer, optimizer, make_loader, resume_from)
+        merge_adapters(model)
         stats = {f"Data: {name}": value for name, value in used[0].stats().items()}
         for name, value in stats.items():
             print0(f"  {name}: {value:,}" if isinstance(value, int) else f"  {name}: {value:.4f}")
@@ -231,14 +257,34 @@ def make_optimizer(
     optimizer = model.setup_optimizer(world, weight_decay=cfg.weight_decay, **scaled)
     if cfg.load_optimizer:
         state = source.optimizer_state()
-        if state is None:
-            print0("the source has no optimizer state; starting with a fresh one")
+        if state is None or "adapters" in state:
+            why = "no optimizer state" if state is None else "the optimizer state of adapters only"
+            print0(f"the source has {why}; starting with a fresh one")
         else:
             settings = [dict(group) for group in optimizer.param_groups]
             optimizer.load_full_state_dict(state)
             for group, own in zip(optimizer.param_groups, settings, strict=True):
                 group.update(own)  # the moments are the source's, the rates are this run's
     return optimizer
+
+
+def make_policy_optimizer(cfg: PolicyConfig, model: GPT, source: Checkpoint, world: World) -> MuonAdamW:
+    """Of all weights but the scalars, or of adapters beside them; without the moments of earlier stages."""
+    from nanochat.lora import train_adapters
+
+    scale = cfg.init_lr_frac
+    if cfg.lora_rank:
+        return train_adapters(cfg, model, source, world, scale)
+    return model.setup_optimizer(
+        world,
+        unembedding_lr=cfg.unembedding_lr * scale,
+        embedding_lr=cfg.embedding_lr * scale,
+        matrix_lr=cfg.matrix_lr * scale,
+        # Adam moves a scalar by its whole rate along the noise of a few answers; they stay as SFT left them.
+        scalar_lr=0.0,
+        smear_lr=0.0,
+        weight_decay=cfg.weight_decay,
+    )
 
 
 def validation(

@@ -32,7 +32,7 @@ def head_loss(
     if reduction == "none":
         return torch.cat(_losses(x, weight, targets, vocab_size, softcap, rows))
     if torch.is_grad_enabled():
-        total = _SummedLoss.apply(x, weight, targets, vocab_size, softcap, rows)
+        total = _SummedLoss.apply(x, weight, targets, vocab_size, softcap, rows, weight.requires_grad)
         assert isinstance(total, Tensor)
     else:
         total = torch.stack(
@@ -65,19 +65,22 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_NC: Tensor, weight: Tensor, targets_N: Tensor, vocab_size: int, softcap: float, rows: int
-    ) -> Tensor:
+        ctx: Any, x_NC: Tensor, weight: Tensor, targets_N: Tensor, vocab_size: int, softcap: float, rows: int,
+        learns: bool,
+    ) -> Tensor:  # fmt: skip
         matrix_VC = weight[:vocab_size].to(x_NC.dtype)
         total = torch.zeros((), device=x_NC.device)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=x_NC.device)
+        # Without gradient where only adapters learn. Asked for outside: compiled, this function cannot tell.
+        grad_weight = torch.zeros(weight.shape if learns else 0, dtype=torch.float32, device=x_NC.device)
         grads_x = []
         for x, targets in zip(x_NC.split(rows), targets_N.split(rows), strict=True):
             loss, grad_logits = _loss_and_gradient(x @ matrix_VC.t(), targets, softcap)
             total = total + loss
             grads_x.append(grad_logits @ matrix_VC)
-            grad_weight[:vocab_size] += grad_logits.t() @ x
+            if learns:
+                grad_weight[:vocab_size] += grad_logits.t() @ x
         ctx.save_for_backward(torch.cat(grads_x), grad_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.weight_dtype, ctx.learns = weight.dtype, learns
         return total
 
     @staticmethod
@@ -85,7 +88,8 @@ class _SummedLoss(torch.autograd.Function):
         grad_x, grad_weight = ctx.saved_tensors
         (factor,) = gradients
         grad_x = (grad_x * factor).to(grad_x.dtype)
-        return grad_x, (grad_weight * factor).to(ctx.weight_dtype), None, None, None, None
+        grad_weight = (grad_weight * factor).to(ctx.weight_dtype) if ctx.learns else None
+        return grad_x, grad_weight, None, None, None, None, None
 
 
 def _loss_and_gradient(products: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:

@@ -141,8 +141,9 @@ class MuonAdamW:
         ours = [(group["kind"], len(group["params"])) for group in self.param_groups]
         theirs = [(group["kind"], len(group["params"])) for group in state_dict["param_groups"]]
         if ours != theirs:
+            kind = "adapters, which --lora-rank trains, in" if "adapters" in state_dict else "groups"
             raise UserError(
-                f"the optimizer state is of groups {theirs}, the model has {ours}; start without it"
+                f"the optimizer state is of {kind} {theirs}, the model has {ours}; start without it"
             )
         entries = [(unit, state_dict["state"].get(unit.index, {})) for _, unit in self._units]
         for unit, entry in entries:

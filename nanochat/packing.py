@@ -1,4 +1,4 @@
-"""Which buffered document goes into a row next: the longest that fits, else the shortest."""
+"""Which buffered documents go into a row next: the longest that fits, the shortest, or those that fill it up."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ItemT = TypeVar("ItemT")
 class BestFitBuffer(Generic[KeyT, ItemT]):
     """Documents in order of arrival, found by length; of equally long ones the first to arrive goes first.
 
-    The choices are those of a linear scan over the buffer. A sorted list of the lengths present and one
+    Single choices are those of a linear scan over the buffer. A sorted list of the lengths present and one
     queue per length make a choice cost O(log n) and a memmove instead of a pass over the buffer.
     """
 
@@ -43,6 +43,27 @@ class BestFitBuffer(Generic[KeyT, ItemT]):
         """Remove and return the longest document of at most `limit` tokens; None if there is none."""
         index = bisect_right(self._lengths, limit) - 1
         return None if index < 0 else self._take(self._lengths[index])
+
+    def take_filling(self, limit: int, slack: int = 0) -> list[ItemT]:
+        """Remove and return documents that together fill `limit`, but for `slack` or less; as much as is possible if
+        none do. Of such choices the one with the longest documents: short ones are worth keeping to fill rows with.
+
+        Which sums can be reached is one bit each of a Python integer, so that adding a document is a shift.
+        """
+        lengths = [length for length in self._lengths for _ in self._queues[length] if length <= limit]
+        within = (1 << (limit + 1)) - 1
+        reachable = [1]  # reachable[i]: sums of the i shortest documents
+        for length in lengths:
+            reachable.append((reachable[-1] | reachable[-1] << length) & within)
+        high = limit
+        low = max(min(limit - slack, reachable[-1].bit_length() - 1), 0)  # the sum must come to lie between
+        taken = []
+        for before, length in zip(reversed(reachable[:-1]), reversed(lengths), strict=True):
+            rest = before & ((1 << max(high - length + 1, 0)) - 1)  # sums that do not lead beyond high
+            if rest >> max(low - length, 0):
+                taken.append(self._take(length))
+                high, low = high - length, low - length
+        return taken
 
     def take_shortest(self) -> ItemT:
         """Remove and return the shortest document."""

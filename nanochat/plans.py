@@ -41,7 +41,8 @@ _DOWNLOAD_BYTES_PER_S = 50e6
 
 # Training stages, with the ending of their wandb run's name; they can resume.
 _TRAINING = {
-    "scripts.base_train": "base", "scripts.mid_train": "mid", "scripts.chat_sft": "sft", "scripts.chat_rl": "rl",
+    "scripts.base_train": "base", "scripts.mid_train": "mid", "scripts.chat_sft": "sft",
+    "scripts.chat_dpo": "dpo", "scripts.chat_rl": "rl",
 }  # fmt: skip
 _EVALUATIONS = ("scripts.base_eval", "scripts.chat_eval")
 

@@ -23,10 +23,13 @@ if TYPE_CHECKING:
 
 STAGE_FOLDERS = {
     "base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints",
-    "rl": "chatrl_checkpoints",
+    "dpo": "chatdpo_checkpoints", "rl": "chatrl_checkpoints",
 }  # fmt: skip
-STAGE_NAMES = {"base": "Pretraining", "mid": "Mid-training", "sft": "Finetuning", "rl": "Reinforcement"}
-COLORS = {"base": "#2f5d8c", "mid": "#2b9a8b", "sft": "#e08a1e", "rl": "#b8456b"}
+STAGE_NAMES = {
+    "base": "Pretraining", "mid": "Mid-training", "sft": "Finetuning", "dpo": "Preferences", "rl": "Reinforcement",
+}  # fmt: skip
+COLORS = {"base": "#2f5d8c", "mid": "#2b9a8b", "sft": "#e08a1e", "dpo": "#7a5aa6", "rl": "#b8456b"}
+LANGUAGE_STAGES = ("base", "mid", "sft")  # whose loss is that of the next token
 INK, MUTED, RULE = "#22262b", "#7b838c", "#e4e6e9"
 
 _STYLE = {
@@ -51,10 +54,10 @@ class Curve:
     values: np.ndarray
 
     def smoothed(self) -> np.ndarray:
-        """Mean over a centred window of a tenth of the curve; it does not lag as a running mean does."""
+        """Mean over a centred window of a twentieth of the curve; it does not lag as a running mean does."""
         sums, count = np.concatenate([[0.0], np.cumsum(self.values)]), len(self.values)
         places = np.arange(count)
-        radius = np.minimum(max(1, count // 20), places)  # the first values fall fast: narrow there
+        radius = np.minimum(max(1, count // 40), places)  # the first values fall fast: narrow there
         start, stop = places - radius, np.minimum(places + radius + 1, count)
         return (sums[stop] - sums[start]) / (stop - start)
 
@@ -96,6 +99,7 @@ def draw_all(
         ("scores.png", "Task scores by stage", score_figure(scores, intervals)),
         ("loss.png", "Training loss", loss_figure(events)),
         ("bpb.png", "Validation bits per byte", bpb_figure(events)),
+        ("preferences.png", "Preferences on held-out pairs", preference_figure(events.get("dpo", []))),
         ("reward.png", "Reward in reinforcement learning", reward_figure(events.get("rl", []))),
         ("learning_rate.png", "Learning rate schedule", schedule_figure(events)),
         ("throughput.png", "Throughput", throughput_figure(events)),
@@ -131,7 +135,7 @@ def new_figure(title: str, subtitle: str, panels: int, height: float = 3.3) -> t
 
     figure = Figure(figsize=(10, height))
     axes = [figure.add_subplot(1, panels, place + 1) for place in range(panels)]
-    top = 1 - (1.0 if panels > 1 else 0.85) / height
+    top = 1 - 1.0 / height
     figure.subplots_adjust(left=0.06, right=0.965, bottom=0.5 / height, top=top, wspace=0.24)
     figure.text(0.06, 1 - 0.12 / height, title, fontsize=14, fontweight="bold", va="top")
     figure.text(0.06, 1 - 0.4 / height, subtitle, fontsize=9.5, color=MUTED, va="top")
@@ -158,19 +162,15 @@ def step_axis(axis: Axes, steps: np.ndarray) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     axis.set_xlim(0, steps[-1] * 1.02)
-    axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 2.5, 5, 10]))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.set_xlabel("step", fontsize=9)
 
 
 def _mark_end(axis: Axes, step: float, value: float, text: str, color: str) -> None:
-    """A dot at the end of a line with its value above it, on white so that it stays readable."""
+    """A dot at the end of a line, and its value at the top right, where no line can cross it."""
     axis.plot([step], [value], "o", color=color, markersize=5, clip_on=False, zorder=5)
-    axis.annotate(
-        text, (step, value), xytext=(0, 9), textcoords="offset points", ha="right", fontsize=10,
-        fontweight="bold", color=color, zorder=6,
-        bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
-    )  # fmt: skip
+    axis.set_title(text, loc="right", color=color, pad=8)
 
 
 # --- the plots ---------------------------------------------------------------------------------------
@@ -178,6 +178,7 @@ def _mark_end(axis: Axes, step: float, value: float, text: str, color: str) -> N
 
 def loss_figure(events: Mapping[str, list[dict]]) -> Figure | None:
     """Training loss per stage: every logged value faint, the running mean strong."""
+    events = {stage: found for stage, found in events.items() if stage in LANGUAGE_STAGES}
     with style():
         panels = _panels(
             events,
@@ -266,6 +267,33 @@ def reward_figure(events: Sequence[Mapping]) -> Figure | None:
         axis.set_ylim(0, min(1.05, max(0.1, top * 1.15)))
         _mark_end(axis, reward.steps[-1], mean[-1], f"{mean[-1]:.1%}", COLORS["rl"])
         axis.legend(frameon=False, loc="lower right", fontsize=9)
+    return figure
+
+
+def preference_figure(events: Sequence[Mapping]) -> Figure | None:
+    """On held-out pairs: the rewards of both answers, and how often the chosen one's is higher."""
+    rewards = {side: curve(events, f"val/reward_{side}") for side in ("chosen", "rejected")}
+    accuracy = curve(events, "val/accuracy")
+    if len(accuracy.steps) < 2:
+        return None
+    with style():
+        figure, (left, right) = new_figure(
+            "Preferences",
+            "on held-out pairs; reward: beta x change of an answer's log-probability since the source model",
+            2,
+        )
+        for (side, points), color in zip(rewards.items(), (COLORS["dpo"], MUTED), strict=True):
+            label = f"{side} ({points.values[-1]:+.2f})"
+            left.plot(points.steps, points.values, color=color, marker="o", markersize=3.2, label=label)
+        left.set_title("Reward of the answers", pad=8)
+        left.legend(frameon=False, loc="best", fontsize=9)
+        right.plot(accuracy.steps, accuracy.values, color=COLORS["dpo"], marker="o", markersize=3.2)
+        _mark_end(right, accuracy.steps[-1], accuracy.values[-1], f"{accuracy.values[-1]:.0%}", COLORS["dpo"])
+        right.axhline(0.5, color=MUTED, linestyle=(0, (4, 3)), linewidth=1)
+        right.set_title("Share ranked rightly (dashed: chance)", pad=8)
+        right.set_ylim(0, 1.08)
+        for axis in (left, right):
+            step_axis(axis, accuracy.steps)
     return figure
 
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from nanochat.plots import COLORS, INK, STAGE_NAMES, Curve, curve, new_figure, step_axis, style
+from nanochat.plots import (
+    COLORS,
+    INK,
+    LANGUAGE_STAGES,
+    STAGE_NAMES,
+    Curve,
+    curve,
+    new_figure,
+    step_axis,
+    style,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -13,7 +23,7 @@ if TYPE_CHECKING:
 
     Events = Mapping[str, Sequence[Mapping]]
 
-RUN_COLORS = (*COLORS.values(), "#6b737c", "#8a5fbf", "#3f7d3a", "#a3772b")
+RUN_COLORS = (*COLORS.values(), "#6b737c", "#3f7d3a", "#a3772b")
 _METRICS = (
     ("train/loss", "Training loss", "local mean; nats per supervised token"),
     ("val/bpb", "Validation bits per byte", "lower is better; independent of the tokenizer"),
@@ -36,7 +46,7 @@ def compared_figure(runs: Mapping[str, Events], key: str, title: str, subtitle: 
     curves = {
         stage: {name: points for name, events in runs.items()
                 if len((points := curve(events.get(stage, []), key)).steps) > 1}
-        for stage in STAGE_NAMES
+        for stage in (LANGUAGE_STAGES if key == "train/loss" else STAGE_NAMES)
     }  # fmt: skip
     curves = {stage: by_run for stage, by_run in curves.items() if by_run}
     if not curves:

@@ -39,7 +39,7 @@ from nanochat.report_scores import intervals_of, metrics_of, shown_stages
 SECTIONS = (
     "tokenizer-training", "tokenizer-evaluation", "base-model-training", "base-model-loss",
     "base-model-evaluation", "midtraining", "chat-evaluation-mid", "chat-sft", "chat-evaluation-sft",
-    "chat-rl", "chat-evaluation-rl", "inference-benchmark",
+    "chat-dpo", "chat-evaluation-dpo", "chat-rl", "chat-evaluation-rl", "inference-benchmark",
 )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ class Report:
         write_json(self.folder / "report.json", record)
         with whole_file(self.folder / "report.html", "w") as file:
             pictures = [(self.folder / "report_files" / name, caption) for name, caption in plots]
-            file.write(html_report(record, pictures))
+            file.write(html_report(record, pictures, self.folder))
         copy = self._copy(copy_to or Path.cwd())
         print0(f"report: {copy} ({len(own)} sections, {len(plots)} plots, {time.monotonic() - started:.1f}s)")
         return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -17,6 +18,7 @@ body { font: 15px/1.55 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; colo
   background: white; }
 main { max-width: 1040px; margin: 0 auto; padding: 40px 24px 80px; }
 h1 { font-size: 28px; margin: 0 0 4px; letter-spacing: -.01em; }
+h3 { font-size: 15px; margin: 20px 0 4px; }
 h2 { font-size: 19px; margin: 44px 0 12px; padding-top: 16px; border-top: 1px solid var(--rule); }
 p { margin: 8px 0; } .muted { color: var(--muted); }
 .cards { display: flex; flex-wrap: wrap; gap: 12px; margin: 24px 0; }
@@ -37,12 +39,13 @@ details { margin: 8px 0; } summary { cursor: pointer; color: var(--accent); }
 """
 
 
-def html_report(report: Mapping, pictures: Sequence[tuple[Path, str]]) -> str:
-    """The whole file. report: the contents of report.json; pictures: PNG files with captions."""
+def html_report(report: Mapping, pictures: Sequence[tuple[Path, str]], folder: Path) -> str:
+    """The whole file. report: the contents of report.json in `folder`; pictures: PNG files with captions."""
     metrics, intervals = report["summary"]["metrics"], report["summary"]["intervals"]
     parts = [
         _cards(report), "<h2>Scores</h2>", scores_table(metrics, intervals), *_figures(pictures),
-        *_stages(report["stages"]), *map(_section, report["sections"]), _environment(report["header"]),
+        *_stages(report["stages"]), *(_section(section, folder) for section in report["sections"]),
+        _environment(report["header"]),
     ]  # fmt: skip
     head = report["header"]
     started = escape(head.get("started", "unknown")[:16].replace("T", " "))
@@ -140,11 +143,33 @@ def _stages(stages: Sequence[Mapping]) -> list[str]:
     ]
 
 
-def _section(section: Mapping) -> str:
+_PICTURE = re.compile(r"!\[(.*)\]\(report_files/([\w.-]+\.png)\)")
+
+
+def _text(text: str, folder: Path) -> str:
+    """What a section says in Markdown: its pictures, headings and tables; everything else as it is."""
+    parts = []
+    for block in re.split(r"\n\s*\n", text.strip()):
+        rows = [line.strip().strip("|").split("|") for line in block.splitlines() if line.startswith("|")]
+        if (match := _PICTURE.fullmatch(block)) and (folder / "report_files" / match[2]).exists():
+            parts.append(figure(folder / "report_files" / match[2], match[1]))
+        elif block.startswith("### ") and "\n" not in block:
+            parts.append(f"<h3>{escape(block[4:])}</h3>")
+        elif len(rows) > 2 and len(rows) == len(block.splitlines()) and len(set(map(len, rows))) == 1:
+            cells = [[escape(cell.strip()) for cell in row] for row in rows[2:]]
+            parts.append(html_table([cell.strip() for cell in rows[0]], cells))
+        elif "\n" in block:
+            parts.append(f"<pre>{escape(block)}</pre>")
+        else:
+            parts.append(f"<p>{escape(block)}</p>")
+    return "".join(parts)
+
+
+def _section(section: Mapping, folder: Path) -> str:
     parts = [f"<h2>{escape(section['section'])}</h2>"]
     for item in section["items"]:
         if isinstance(item, str):
-            parts.append(f"<pre>{escape(item)}</pre>")
+            parts.append(_text(item, folder))
             continue
         long = {
             k: str(v)

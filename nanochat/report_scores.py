@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from nanochat.confidence import wilson
 from nanochat.report_render import TASKS
 
-STAGES = ("base", "mid", "sft", "rl")
+STAGES = ("base", "mid", "sft", "dpo", "rl")
 
 ByStage = dict[str, dict[str, float]]
 Intervals = dict[str, dict[str, tuple[float, float]]]

@@ -6,8 +6,10 @@ Shares optimizer, schedule, checkpoints, metrics and resuming with the training 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -18,7 +20,7 @@ from nanochat.checkpoint_manager import Checkpoint, save_checkpoint, update_meta
 from nanochat.common import World, print0
 from nanochat.engine import Completion, Engine, SamplingParams
 from nanochat.gpt import GPT
-from nanochat.metrics import MetricsLog, StatusLine, duration
+from nanochat.metrics import MetricsLog, StatusLine, Value, duration, read_metrics
 from nanochat.optim import MuonAdamW
 from nanochat.report import get_report
 from nanochat.schedule import Schedule
@@ -77,11 +79,14 @@ class GroupSampler:
         ]
         repeated = [prompt for prompt in prompts for _ in range(self.num_samples)]
         answers = self.engine.complete_many(repeated, params)
+        texts = [self.tokenizer.decode(answer.content) for answer in answers]
+        asked = [conversation for conversation in conversations for _ in range(self.num_samples)]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # a reward may run code in the sandbox
+            rewards = list(pool.map(task.reward, asked, texts))
         groups = []
-        for i, (conversation, prompt) in enumerate(zip(conversations, prompts, strict=True)):
-            own = answers[i * self.num_samples : (i + 1) * self.num_samples]
-            rewards = [task.reward(conversation, self.tokenizer.decode(answer.content)) for answer in own]
-            groups.append(Group(prompt, own, rewards))
+        for i, prompt in enumerate(prompts):
+            own = slice(i * self.num_samples, (i + 1) * self.num_samples)
+            groups.append(Group(prompt, answers[own], rewards[own]))
         return groups
 
 
@@ -207,7 +212,15 @@ def train_rl(
             )
     if world.is_main:
         update_meta(plan.directory, step, {"results": results})
-        outcome = {"Number of iterations": last_step, "Total training time": duration(seconds), **results}
+        used = data_used(read_metrics(plan.directory / "metrics.jsonl"))
+        for name, count in used.items():
+            print0(f"  {name}: {count:,}")
+        outcome = {
+            "Number of iterations": last_step,
+            "Total training time": duration(seconds),
+            **used,
+            **results,
+        }
         get_report().log(section="Chat RL", data=[plan.settings, outcome])
 
 
@@ -220,8 +233,8 @@ def _step(
     task: RewardedTask,
     sampler: GroupSampler,
     step: int,
-) -> dict[str, float]:
-    """Sample, weigh, update once. Returns means over all ranks."""
+) -> dict[str, Value]:
+    """Sample, weigh, update once. Returns means over all ranks, and counts."""
     first = step * plan.examples_per_step
     indices = [i % len(task) for i in range(first + world.rank, first + plan.examples_per_step, world.size)]
     model.eval()
@@ -231,7 +244,8 @@ def _step(
     num_tokens = sum(sum(answer.masks) for group in informative for answer in group.answers)
     rewards = [reward for group in groups for reward in group.rewards]
     lengths = [len(answer.tokens) for group in groups for answer in group.answers]
-    sums = [num_tokens, sum(rewards), sum(lengths), len(rewards), len(informative), len(groups)]
+    cut = sum(not answer.ended_by_token for group in groups for answer in group.answers)
+    sums = [num_tokens, sum(rewards), sum(lengths), len(rewards), len(informative), len(groups), cut]
     totals = world.sum(torch.tensor(sums, dtype=torch.float64, device=world.device)).tolist()
 
     # With no informative group anywhere the gradient is zero, but Muon's momentum would still move the weights.
@@ -246,7 +260,23 @@ def _step(
         "sequence_length": totals[2] / totals[3],
         "informative_groups": totals[4] / totals[5],
         "train/lrm": plan.schedule.lr_multiplier(step),
+        "data": {
+            "questions": int(totals[5]),
+            "answers": int(totals[3]),
+            "answers_cut": int(totals[6]),  # at --max-new-tokens
+            "groups_skipped": int(totals[5] - totals[4]),  # all rewards were equal
+            "tokens_supervised": int(totals[0]),
+        },
     }
+
+
+def data_used(events: Sequence[dict]) -> dict[str, int]:
+    """What a run trained on, added up over the steps in its metrics, which a resumed run continues."""
+    total: dict[str, int] = {}
+    for event in events:
+        for name, count in (event.get("data") or {}).items():
+            total[f"Data: {name}"] = total.get(f"Data: {name}", 0) + count
+    return total
 
 
 class PolicyBatch(NamedTuple):

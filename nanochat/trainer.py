@@ -71,6 +71,28 @@ class Evaluation:
         return step == last_step or (step % self.every == 0 and (step > 0 or self.at_start))
 
 
+class Objective(Protocol):
+    """What a step minimises: a sum over units of the data, divided by their number over all ranks."""
+
+    def count(self, targets: torch.Tensor, /) -> torch.Tensor: ...
+
+    def loss(
+        self, forward: Callable[..., torch.Tensor], inputs: torch.Tensor, targets: torch.Tensor, /
+    ) -> torch.Tensor: ...
+
+
+class NextToken:
+    """Cross entropy of the targets."""
+
+    def count(self, targets: torch.Tensor) -> torch.Tensor:
+        return (targets >= 0).sum()
+
+    def loss(
+        self, forward: Callable[..., torch.Tensor], inputs: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        return forward(inputs, targets, loss_reduction="sum")
+
+
 @dataclass(frozen=True)
 class TrainingPlan:
     """What the loop needs besides model, optimizer and data."""
@@ -89,6 +111,7 @@ class TrainingPlan:
     compile: bool = False
     clip_norm: float = 0.0  # of the whole gradient; 0: as it is
     save: bool = True
+    objective: Objective = field(default_factory=NextToken)
     extra_meta: dict = field(default_factory=dict)
 
 
@@ -278,10 +301,11 @@ class _Loop:
     def _train_step(self) -> tuple[float, float]:
         """One optimizer step; returns the loss per target and the norm of the gradient, over all ranks."""
         batches = [next(self.loader) for _ in range(self.plan.accumulation)]
-        count = self.world.sum(torch.stack([(targets >= 0).sum() for _, targets in batches]).sum())
+        objective = self.plan.objective
+        count = self.world.sum(torch.stack([objective.count(targets) for _, targets in batches]).sum())
         total = torch.zeros((), device=self.world.device)
         for inputs, targets in batches:
-            loss = self.forward(inputs, targets, loss_reduction="sum") / count.clamp(min=1)
+            loss = objective.loss(self.forward, inputs, targets) / count.clamp(min=1)
             (loss * self.state.loss_scale).backward()
             total += loss.detach()
         self.world.sum(total)

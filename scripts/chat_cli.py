@@ -36,7 +36,7 @@ End a line with \\ to continue it, or write \"\"\" before and after several line
 class Config:
     source: str | None = option(
         None, "stage: rl, sft, mid or base; default: the latest there is", short="i",
-        choices=("rl", "sft", "mid", "base", None),
+        choices=("rl", "dpo", "sft", "mid", "base", None),
     )  # fmt: skip
     model_tag: str | None = option(None, "model tag; default: the largest model", short="g")
     step: int | None = option(None, "checkpoint step; default: the last", short="s")

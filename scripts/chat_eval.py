@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    source: str = option(..., "stage of the checkpoint", short="i", choices=("base", "mid", "sft", "rl"))
+    source: str = option(
+        ..., "stage of the checkpoint", short="i", choices=("base", "mid", "sft", "dpo", "rl")
+    )
     task_name: str = option("", "names of tasks, separated by |; default all", short="a")
     dtype: str | None = option(
         None,

@@ -1,4 +1,4 @@
-"""Reinforcement learning on word problems: sample answers, reward the right ones (a simplified GRPO).
+"""Reinforcement learning: sample answers to questions, reward the right ones (a simplified GRPO).
 
     python -m scripts.chat_rl
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_rl
@@ -15,23 +15,29 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nanochat.configurator import as_dict, option, run
+from nanochat.finetune import PolicyConfig, make_policy_optimizer
 
 if TYPE_CHECKING:
     from nanochat.common import World
     from nanochat.engine import Engine
     from nanochat.schedule import Schedule
     from nanochat.tokenizer import RustBPETokenizer
-    from tasks.gsm8k import GSM8K
+    from tasks.common import Task
+
+
+TASKS = ("GSM8K", "SpellingBee", "HumanEval", "SimpleSpelling", "ARC-Easy", "ARC-Challenge", "MMLU")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(PolicyConfig):
     run: str = option("dummy", "wandb run name; dummy: no wandb")
     device_type: str = option("", "cuda, mps or cpu; empty: the best there is")
-    source: str = option("sft", "stage whose model to start from", choices=("mid", "sft", "rl"))
+    source: str = option("sft", "stage whose model to start from", choices=("mid", "sft", "dpo", "rl"))
     model_tag: str | None = option(None, "checkpoint folder to read; default the largest")
     model_step: int | None = option(None, "step of the source model; default the last")
     output_tag: str | None = option(None, "checkpoint folder to write; default the name of the one read")
+    task: str = option("GSM8K", "what is rewarded: the number of GSM8K, SpellingBee; unit tests passed in HumanEval;"
+        " an exact match in SimpleSpelling, ARC, MMLU", choices=TASKS)  # fmt: skip
     num_epochs: int = option(1, "passes over the questions")
     num_iterations: int = option(-1, "optimizer steps; -1: from --num-epochs")
     device_batch_size: int = option(8, "sequences per forward and backward pass")
@@ -43,11 +49,6 @@ class Config:
     num_updates: int = option(1, "optimizer steps on the same answers")
     clip: float = option(0.0, "a token's probability ratio counts up to 1 +- this (PPO); 0: off")
     kl: float = option(0.0, "weight of the divergence from the source model, which is kept in memory; 0: off")
-    embedding_lr: float = option(0.2, "learning rate of the embedding tables (AdamW)")
-    unembedding_lr: float = option(0.004, "learning rate of the head (AdamW)")
-    matrix_lr: float = option(0.02, "learning rate of the matrices (Muon)")
-    weight_decay: float = option(0.0, "weight decay of the matrices")
-    init_lr_frac: float = option(0.05, "all learning rates are multiplied by this")
     eval_every: int = option(60, "steps between evaluations; -1: off")
     eval_examples: int = option(400, "test questions per evaluation")
     eval_samples: int = option(8, "answers per test question, for pass@1 to pass@8")
@@ -57,14 +58,13 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    """Reinforcement learning on word problems: sample answers, reward the right ones."""
+    """Reinforcement learning: sample answers to questions, reward the right ones."""
     from nanochat.checkpoint_manager import Checkpoint, locate
     from nanochat.common import UserError, distributed, print0
     from nanochat.engine import Engine
     from nanochat.rl import GroupSampler, RLPlan, Surrogate, train_rl
     from nanochat.stage import announce, announce_model, output_folder
     from nanochat.trainer import find_resume_point
-    from tasks.gsm8k import GSM8K
 
     with distributed(cfg.device_type) as world:
         precision, _ = announce(world, "off")  # the shapes change with every batch of answers
@@ -80,28 +80,19 @@ def main(cfg: Config) -> None:
         print0(f"source model: {source.directory} step {source.step}")
         directory = output_folder("rl", source.directory, cfg.output_tag)
         resume_from = find_resume_point(directory, world, cfg.resume)
-        model, tokenizer = (resume_from or source).model(world.device, precision.dtype), source.tokenizer()
+        start = source if cfg.lora_rank else resume_from or source  # adapters come with the optimizer's state
+        model, tokenizer = start.model(world.device, precision.dtype), source.tokenizer()
         announce_model(model, precision)
         reference = (
             source.model(world.device, precision.dtype).eval().requires_grad_(False) if cfg.kl > 0 else None
         )
 
-        train_task, test_task = GSM8K("main", "train"), GSM8K("main", "test")
+        train_task, test_task = questions(cfg.task)
         num_steps = cfg.num_iterations
         if num_steps < 1:
             num_steps = max(len(train_task) // cfg.examples_per_step * cfg.num_epochs, 1)
         schedule = make_schedule(num_steps)
-        scale = cfg.init_lr_frac
-        optimizer = model.setup_optimizer(
-            world,
-            unembedding_lr=cfg.unembedding_lr * scale,
-            embedding_lr=cfg.embedding_lr * scale,
-            matrix_lr=cfg.matrix_lr * scale,
-            # Adam moves a scalar by its whole rate along the noise of a few answers; they stay as SFT left them.
-            scalar_lr=0.0,
-            smear_lr=0.0,
-            weight_decay=cfg.weight_decay,
-        )
+        optimizer = make_policy_optimizer(cfg, model, source, world)
         print0(f"{num_steps} steps of {cfg.examples_per_step} questions x {cfg.num_samples} answers")
         engine = Engine(model, tokenizer, max_batch=max(cfg.num_samples, 64))
         plan = RLPlan(
@@ -126,6 +117,26 @@ def main(cfg: Config) -> None:
         train_rl(plan, world, model, tokenizer, optimizer, train_task, sampler, evaluate, resume_from)
 
 
+def questions(name: str) -> tuple[Task, Task]:
+    """The task to train on and the one to evaluate on."""
+    from tasks.arc import ARC
+    from tasks.gsm8k import GSM8K
+    from tasks.humaneval import HumanEval
+    from tasks.mmlu import MMLU
+    from tasks.spellingbee import SimpleSpelling, SpellingBee
+
+    if name == "GSM8K":
+        return GSM8K("main", "train"), GSM8K("main", "test")
+    if name == "HumanEval":  # there is a test split only: every second problem is held out
+        return HumanEval(step=2), HumanEval(start=1, step=2)
+    if name == "MMLU":
+        return MMLU("all", "auxiliary_train"), MMLU("all", "test")
+    if name.startswith("ARC"):
+        return ARC(name, "train"), ARC(name, "test")
+    kind = {"SpellingBee": SpellingBee, "SimpleSpelling": SimpleSpelling}[name]
+    return kind(10_000, "train"), kind(1000, "test")
+
+
 def make_schedule(num_steps: int) -> Schedule:
     """Learning rate linearly to zero, momentum constant."""
     from nanochat.schedule import Schedule
@@ -136,7 +147,7 @@ def make_schedule(num_steps: int) -> Schedule:
 
 
 def pass_at_k(
-    cfg: Config, engine: Engine, tokenizer: RustBPETokenizer, task: GSM8K, world: World
+    cfg: Config, engine: Engine, tokenizer: RustBPETokenizer, task: Task, world: World
 ) -> dict[str, float]:
     """Unbiased pass@k (Chen et al. 2021, arXiv 2107.03374) on the first test questions, k = 1..eval_samples."""
     from math import comb
@@ -158,10 +169,8 @@ def pass_at_k(
     n = cfg.eval_samples
     totals = torch.zeros(n + 1, device=world.device)
     for i, conversation in enumerate(conversations):
-        right = sum(
-            task.evaluate(conversation, tokenizer.decode(answer.content))
-            for answer in answers[i * n : (i + 1) * n]
-        )
+        texts = [tokenizer.decode(answer.content) for answer in answers[i * n : (i + 1) * n]]
+        right = sum(task.reward(conversation, text) == 1.0 for text in texts)
         totals += torch.tensor([1.0, *(1 - comb(n - right, k) / comb(n, k) for k in range(1, n + 1))])
     world.sum(totals)
     return {f"pass@{k}": float(totals[k] / totals[0].clamp(min=1)) for k in range(1, n + 1)}

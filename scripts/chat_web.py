@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Config:
     num_gpus: int = option(1, "model replicas, one per GPU; 0 uses all", short="n")
-    source: str = option("sft", "checkpoint family", short="i", choices=("base", "mid", "sft", "rl"))
+    source: str = option("sft", "checkpoint family", short="i", choices=("base", "mid", "sft", "dpo", "rl"))
     model_tag: str | None = option(None, "model tag; None takes the newest", short="g")
     step: int | None = option(None, "checkpoint step; None takes the last", short="s")
     temperature: float = option(0.8, "default temperature", short="t")

@@ -13,7 +13,9 @@ from nanochat.configurator import option, run
 
 @dataclass(frozen=True)
 class Config:
-    source: str = option(..., "stage of the checkpoint", short="i", choices=("base", "mid", "sft", "rl"))
+    source: str = option(
+        ..., "stage of the checkpoint", short="i", choices=("base", "mid", "sft", "dpo", "rl")
+    )
     output: str = option(..., "file to make", short="o")
     type: str = option("q8_0", "how weights are stored", short="t", choices=("f32", "f16", "q8_0", "q4_0"))
     model_tag: str | None = option(None, "checkpoint folder; default the largest model", short="g")

@@ -14,7 +14,9 @@ from nanochat.configurator import option, run
 
 @dataclass(frozen=True)
 class Config:
-    source: str = option(..., "stage of the checkpoint", short="i", choices=("base", "mid", "sft", "rl"))
+    source: str = option(
+        ..., "stage of the checkpoint", short="i", choices=("base", "mid", "sft", "dpo", "rl")
+    )
     output: str = option(
         ..., "folder to make; with --push it may be this checkpoint's earlier export", short="o"
     )

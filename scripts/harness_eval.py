@@ -15,7 +15,9 @@ from nanochat.configurator import as_dict, option, run
 
 @dataclass(frozen=True)
 class Config:
-    source: str = option(..., "stage of the checkpoint", short="i", choices=("base", "mid", "sft", "rl"))
+    source: str = option(
+        ..., "stage of the checkpoint", short="i", choices=("base", "mid", "sft", "dpo", "rl")
+    )
     tasks: str = option(..., "names of the harness's tasks, separated by commas")
     include_path: str | None = option(None, "folder with task files of your own")
     num_fewshot: int | None = option(None, "examples before each question; default as the task says")

@@ -14,7 +14,7 @@ from nanochat.configurator import option, run
 @dataclass(frozen=True)
 class Config:
     path: str = option(..., "folder, or name on the hub (owner/name)")
-    stage: str = option(..., "what the model is", short="i", choices=("base", "mid", "sft", "rl"))
+    stage: str = option(..., "what the model is", short="i", choices=("base", "mid", "sft", "dpo", "rl"))
     model_tag: str | None = option(
         None, "checkpoint folder to make; default the name of the source", short="g"
     )

@@ -14,7 +14,7 @@ from nanochat.configurator import option, run
 @dataclass(frozen=True)
 class Config:
     path: str = option(..., "folder on this disk with model_<step>.pt and meta_<step>.json")
-    stage: str = option(..., "what the model is", short="i", choices=("base", "mid", "sft", "rl"))
+    stage: str = option(..., "what the model is", short="i", choices=("base", "mid", "sft", "dpo", "rl"))
     model_tag: str | None = option(None, "checkpoint folder to make; default <source>-imported", short="g")
     step: int | None = option(None, "step to import; default the last", short="s")
     tokenizer: str | None = option(None, "the tokenizer.pkl it was trained with; default the one beside it")

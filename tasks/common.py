@@ -43,6 +43,10 @@ class Task:
         """Whether the completion answers the conversation rightly."""
         raise NotImplementedError(f"{type(self).__name__} is for training only")
 
+    def reward(self, conversation: Conversation, completion: str) -> float:
+        """The evaluation as a reward for reinforcement learning, 0.0 or 1.0."""
+        return float(self.evaluate(conversation, completion))
+
     def __len__(self) -> int:
         return len(self._rows())
 
@@ -121,6 +125,10 @@ class MultipleChoice(Task):
         assert completion in letters, f"answer {completion!r} is not one of {letters}"
         return completion == conversation["messages"][-1]["content"]
 
+    def reward(self, conversation: Conversation, completion: str) -> float:
+        """1.0 for the right letter and nothing else; a sampled answer may be any text."""
+        return float(completion.strip() == conversation["messages"][-1]["content"])
+
     @staticmethod
     def conversation(
         question: str, letters: Sequence[str], choices: Sequence[str], answer: str
@@ -161,10 +169,6 @@ class FinalAnswer(Task):
         assert isinstance(completion, str), f"the completion is a {type(completion).__name__}, not a str"
         solution = conversation["messages"][-1]["content"][-1]["text"]
         return int(extract_answer(completion) == extract_answer(solution))
-
-    def reward(self, conversation: Conversation, completion: str) -> float:
-        """The evaluation as a reward for reinforcement learning, 0.0 or 1.0."""
-        return float(self.evaluate(conversation, completion))
 
 
 # --- dialogues ---------------------------------------------------------------------------------------

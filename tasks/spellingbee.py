@@ -120,7 +120,7 @@ class SpellingBee(FinalAnswer):
 
 
 class SimpleSpelling(Task):
-    """Generated examples: spell a word. For training only. Split train or test, `size` of them."""
+    """Generated examples: spell a word. Split train or test, `size` of them. The answer counts if it matches exactly."""
 
     def __init__(
         self,
@@ -154,6 +154,10 @@ class SimpleSpelling(Task):
                 {"role": "assistant", "content": _spelled(word)},
             ]
         }
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Whether the completion is the spelling, to the letter."""
+        return completion.strip() == conversation["messages"][-1]["content"]
 
 
 def words_file(split: str = "train") -> Path:

@@ -132,6 +132,62 @@ def test_the_unlearnable_and_the_cut_are_counted():
     assert int((rows[:, 1] >= 0).sum()) == 8 + 1
 
 
+class NumberTokenizer:
+    """No two tokens of a task are alike: token k of conversation i is 1000 i + k + 1; BOS is 0, as ever."""
+
+    def get_bos_token_id(self) -> int:
+        return BOS
+
+    def render_conversation(self, conversation, max_tokens=2048):
+        mask = conversation["mask"]
+        ids = [BOS, *(1000 * conversation["number"] + k + 1 for k in range(1, len(mask)))]
+        return ids[:max_tokens], mask[:max_tokens]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shapes=st.lists(st.lists(st.tuples(st.integers(0, 1), st.integers(1, 25)), max_size=5), min_size=1, max_size=60),
+    seq_len=st.integers(1, 40),
+    batch_size=st.integers(1, 3),
+    size=st.integers(1, 2),
+)  # fmt: skip
+def test_every_supervised_token_comes_once_per_epoch_or_is_reported(shapes, seq_len, batch_size, size):
+    """Conversations of random turns, also longer than the row; as many ranks as may be."""
+    masks = [[0] + [learn for learn, count in turns for _ in range(count)] for turns in shapes]
+    task = [{"number": i, "mask": mask} for i, mask in enumerate(masks)]
+    all_targets = [
+        {1000 * i + k + 1 for k, learn in enumerate(mask) if learn} for i, mask in enumerate(masks)
+    ]
+    fitting = [{t for t in own if (t - 1) % 1000 <= seq_len} for own in all_targets]
+    if not any(fitting):
+        return
+    loaders = [
+        ChatLoader(NumberTokenizer(), task, batch_size, seq_len, make_world(rank, size), epochs=2)
+        for rank in range(size)
+    ]
+    seen = [t for batches in zip(*loaders, strict=True) for _, ts in batches for t in ts.flatten().tolist()]
+    assert sorted(t for t in seen if t >= 0) == sorted(2 * [t for own in fitting for t in own])
+    stats = loaders[0].stats()
+    assert stats["tokens_supervised"] == 2 * sum(map(len, fitting))
+    assert stats["tokens_supervised_lost"] == 2 * sum(
+        len(a - b) for a, b in zip(all_targets, fitting, strict=True)
+    )
+    assert stats["conversations_dropped"] == 2 * sum(not own for own in fitting)
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), median=st.floats(15, 60), spread=st.floats(0.3, 1.3))
+def test_padding_stays_below_three_percent(seed, median, spread):
+    """Lengths as conversations have them, some longer than the row; a row takes four or more of the usual ones."""
+    lengths = np.random.default_rng(seed).lognormal(np.log(median), spread, 2000).astype(int) + 2
+    task = [{"number": i, "mask": [0] + [1] * min(n, 999)} for i, n in enumerate(lengths.tolist())]
+    loader = ChatLoader(NumberTokenizer(), task, 4, 256, make_world(), epochs=1)
+    rows = sum(len(batch.inputs) for batch in loader)
+    stats = loader.stats()
+    assert stats["conversations_used"] == 2000 and stats["rows"] <= rows < stats["rows"] + 4
+    assert stats["fraction_padding"] < 0.03
+
+
 # --- epochs, ranks, resuming -------------------------------------------------------------------------
 
 

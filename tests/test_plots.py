@@ -46,7 +46,7 @@ def test_curve_takes_finite_values_in_order_and_the_later_of_repeated_steps():
 def test_smoothing_is_a_local_mean(count):
     values = np.random.default_rng(0).normal(size=count)
     smooth = Curve(np.arange(count), values).smoothed()
-    radius = max(1, count // 20)
+    radius = max(1, count // 40)
     for place in range(count):
         near = min(radius, place)
         assert smooth[place] == pytest.approx(values[place - near : place + near + 1].mean())
@@ -115,6 +115,22 @@ def test_drawing_leaves_matplotlib_as_it_was():
 def test_a_diverged_run_still_has_a_picture():
     events = [{"step": s, "train/loss": float("nan") if s > 5 else 8.0} for s in range(10)]
     assert plots.loss_figure({"base": events}) is not None
+
+
+def test_preferences_show_both_rewards_and_the_share_ranked_rightly():
+    events = [
+        {"step": s, "val/reward_chosen": s / 10, "val/reward_rejected": -s / 5, "val/accuracy": 0.5 + s / 50}
+        for s in (0, 10, 20)
+    ]
+    figure = plots.preference_figure(events)
+    left, right = figure.axes
+    assert [line.get_ydata().tolist() for line in left.lines] == [[0, 1, 2], [0, -2, -4]]
+    assert [text.get_text() for text in left.get_legend().get_texts()] == [
+        "chosen (+2.00)",
+        "rejected (-4.00)",
+    ]
+    assert right.lines[0].get_ydata().tolist() == pytest.approx([0.5, 0.7, 0.9])
+    assert plots.preference_figure(events[:1]) is None
 
 
 def test_compression_bars_have_the_height_of_the_ratios():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -15,6 +16,11 @@ from nanochat.report_html import html_table, score_cell
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = 'sample <script>alert("x")</script>\n</pre><h1>Injected</h1>'
+
+
+_PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
 
 
 class Outline(HTMLParser):
@@ -51,6 +57,11 @@ def page(tmp_path, monkeypatch) -> str:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
     core = {"CORE metric": 0.2219, "CORE 95% low": 0.2, "CORE 95% high": 0.24, "sample 0": HOSTILE}
     report.log("Base model evaluation", [core])
+    picture = tmp_path / "report" / "report_files" / "tokenizer.png"
+    picture.parent.mkdir(exist_ok=True)
+    picture.write_bytes(_PNG)
+    table = "### Compression\n\n| Text | Ratio |\n|---|---|\n| <b>news | 2.39 |\n\nno comparison"
+    report.log("Tokenizer evaluation", [table, "![Bytes per token](report_files/tokenizer.png)\n\n", HOSTILE])
     report.log("Chat evaluation sft", [{"MMLU": 0.45, "MMLU problems": 400, "GSM8K": 0.1}])
     report.generate()
     return (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -60,7 +71,7 @@ def test_it_is_one_well_formed_file_that_loads_nothing(page):
     outline = Outline()
     outline.feed(page)
     assert outline.open == []
-    assert outline.tags.count("img") == 3 and outline.tags.count("h1") == 1
+    assert outline.tags.count("img") == 4 and outline.tags.count("h1") == 1
     assert "script" not in outline.tags and "link" not in outline.tags
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
     assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
@@ -70,6 +81,13 @@ def test_what_a_model_wrote_is_text(page):
     outline = Outline()
     outline.feed(page)
     assert HOSTILE in outline.text
+
+
+def test_the_markdown_of_a_section_is_shown_as_what_it_means(page):
+    assert "<h3>Compression</h3>" in page and "<th>Ratio</th>" in page
+    assert "<td>&lt;b&gt;news</td><td>2.39</td>" in page and "<p>no comparison</p>" in page
+    assert '<img alt="Bytes per token" src="data:image/png;base64,' in page
+    assert "report_files/tokenizer.png" not in page
 
 
 def test_scores_have_intervals_and_chance(page, tmp_path):
@@ -107,5 +125,5 @@ def test_chromium_shows_every_plot(page, tmp_path):
         widths = tab.evaluate("[...document.images].map(i => i.complete ? i.naturalWidth : 0)")
         fits = tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         browser.close()
-    assert len(widths) == 3 and min(widths) > 1000
+    assert sorted(widths)[0] == 1 and len(widths) == 4 and sorted(widths)[1] > 1000
     assert fits, "the page scrolls sideways"

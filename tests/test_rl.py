@@ -126,3 +126,12 @@ def test_several_clipped_updates_with_a_reference_run_and_change_the_weights(tin
     assert any(not torch.equal(before[name], after[name]) for name in before)
     with pytest.raises(UserError, match="changes nothing with --num-updates=1"):
         run_here("chat_rl", source="mid", clip=0.2)
+
+
+def test_a_run_that_is_rewarded_for_unit_tests(tiny_run, capsys):
+    run_here("base_train", num_iterations=1, eval_every=-1)
+    run_here("mid_train", num_iterations=1, eval_every=-1)
+    run_here("chat_rl", source="mid", task="HumanEval", num_iterations=1, eval_examples=2)
+    shown = capsys.readouterr().out
+    assert "pass@1 0.0000" in shown and "pass@2 0.0000" in shown
+    assert "Data: questions: 4\n" in shown and "Data: groups_skipped: 4\n" in shown

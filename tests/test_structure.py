@@ -23,7 +23,7 @@ TRAINING_NEEDS = {"torch", "numpy", "pyarrow", "tiktoken", "rustbpe", "nanochat"
 LIBRARY_LAYERS = [
     {"common", "configurator"},
     {"tokenizer", "tokenizer_base", "tokenizer_hf", "tokenizer_files", "conversation", "tinyworld", "download", "manifests", "hub", "dataset", "packing", "prefetch", "mixture", "document_reader", "dataloader", "chat_loader"},
-    {"gpt", "kv_cache", "flash_attention", "muon", "sharding", "optim", "scaling", "schedule", "compilation", "batch_fit", "fp8", "head_loss", "precision", "config_versions"},
+    {"gpt", "lora", "kv_cache", "flash_attention", "muon", "sharding", "optim", "scaling", "schedule", "compilation", "batch_fit", "fp8", "head_loss", "precision", "config_versions"},
     {"checkpoint_manager", "metrics", "trainer"},
     {"calculator", "execution", "sandbox_harness", "sampling", "row_cache", "prefix_store", "requests", "scheduler", "engine", "serve"},
 ]  # fmt: skip
@@ -75,7 +75,7 @@ def test_library_layers_point_down():
     assert not wrong, wrong
 
 
-@pytest.mark.parametrize("script", ["base_train", "mid_train", "chat_sft", "chat_rl"])
+@pytest.mark.parametrize("script", ["base_train", "mid_train", "chat_sft", "chat_dpo", "chat_rl"])
 def test_training_needs_nothing_but_the_essentials(script):
     """Every other import of the training path is made where an optional feature is used."""
     seen, todo = set(), [ROOT / "scripts" / f"{script}.py"]

@@ -412,3 +412,22 @@ def test_train_and_test_draw_apart(base, kind):
     train = {json.dumps(train_task[i]) for i in range(300)}
     test = [json.dumps(test_task[i]) for i in range(300)]
     assert sum(example in train for example in test) <= 10  # by chance about 4 of 300 words coincide
+
+
+# --- rewards -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["GSM8K", "SpellingBee", "HumanEval", "SimpleSpelling", "ARC-Easy", "MMLU"])
+def test_the_reference_is_rewarded_and_something_else_is_not(tiny_run, name):
+    """The number of a solution, tests that pass in the sandbox, an exact match."""
+    from scripts.chat_rl import questions
+
+    for task in questions(name):
+        conversation = task[0]
+        content = conversation["messages"][-1]["content"]
+        answer = content if isinstance(content, str) else "".join(part["text"] for part in content)
+        assert task.reward(conversation, answer) == 1.0
+        for wrong in ("", "no idea", answer[: len(answer) // 2]):
+            assert task.reward(conversation, wrong) == 0.0
+    train, test = questions(name)
+    assert train[0]["messages"][0] != test[0]["messages"][0]

@@ -27,6 +27,10 @@ RL_FLAGS = {
     "eval_examples": 4, "eval_samples": 2, "device_type": "cpu",
 }  # fmt: skip
 
+DPO_FLAGS = {
+    "num_iterations": 6, "pairs_per_step": 8, "device_batch_size": 4, "eval_every": 3, "compile": "off", "device_type": "cpu",
+}  # fmt: skip
+
 
 def run_here(stage: str, **changes) -> None:
     """Call a training script's main in this process."""
@@ -41,6 +45,8 @@ def defaults(stage: str) -> dict:
         return dict(BASE_FLAGS)
     if stage == "chat_rl":
         return dict(RL_FLAGS)
+    if stage == "chat_dpo":
+        return dict(DPO_FLAGS)
     return dict(CHAT_FLAGS) | ({"chatcore_every": -1} if stage == "chat_sft" else {})
 
 
