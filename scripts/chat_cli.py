@@ -31,6 +31,11 @@ HELP = """\
 /stats               speed of each answer on or off   /quit    leave (so do quit, exit, Ctrl-D)
 End a line with \\ to continue it, or write \"\"\" before and after several lines. Ctrl-C stops an answer."""
 
+COMMANDS = (
+    "clear", "help", "load", "maxtokens", "new", "quit", "retry", "save", "seed", "stats", "system",
+    "temperature", "tokens", "topk", "topp", "undo",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Config:
@@ -233,14 +238,17 @@ def _check_settings(
 
 
 def _reader(history: str) -> Callable[[str], str]:
-    """Line input with editing and history where there is a terminal and the library, else input()."""
+    """Line input with editing, history and Tab where there is a terminal and the library, else input()."""
     if sys.stdin.isatty() and sys.stdout.isatty():
         try:
             from prompt_toolkit import PromptSession
+            from prompt_toolkit.completion import WordCompleter
             from prompt_toolkit.history import FileHistory, InMemoryHistory
         except ImportError:
             return input
-        return PromptSession(history=FileHistory(history) if history else InMemoryHistory()).prompt
+        commands = WordCompleter([f"/{name}" for name in COMMANDS], sentence=True)
+        past = FileHistory(history) if history else InMemoryHistory()
+        return PromptSession(history=past, completer=commands, complete_while_typing=False).prompt
     return input
 
 
@@ -336,7 +344,11 @@ def main(cfg: Config) -> None:
     color = cfg.color and "NO_COLOR" not in os.environ
     if question:
         screen = Screen(sys.stdout, sys.stderr, color and sys.stderr.isatty())
-        sys.exit(answer_once(chat, question, screen, cfg.json, cfg.stats))
+        try:
+            sys.exit(answer_once(chat, question, screen, cfg.json, cfg.stats))
+        except BrokenPipeError:  # whoever read the answer, such as `head`, has enough of it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)  # 128 + SIGPIPE, as of programs that the signal ends
     print("nanochat: /help lists the commands, /quit leaves, Ctrl-C stops an answer", file=sys.stderr)
     color = color and sys.stdout.isatty()
     Terminal(chat, _reader(cfg.history), _display(cfg, color), cfg.stats).loop()

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.browsing import LOOKS, chromium, opened
+
 # Test processes side by side share the cores, and so do the programs that they start: torch's threads would
 # wait for each other. Before anything imports torch.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -66,3 +68,24 @@ def tiny_run(tiny_base, tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("NANOCHAT_DATA", "tinyworld")
     monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
     return base
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium for the tests of one module. Not longer: its driver holds the thread's event loop."""
+    with chromium() as running:
+        yield running
+
+
+@pytest.fixture(params=LOOKS)
+def page(request, browser, server):
+    """The page of a module's `server`, in every look."""
+    with opened(browser, server, request.param) as page:
+        yield page
+
+
+@pytest.fixture
+def one_page(browser, server):
+    """The page as a desktop shows it, for what does not depend on the look."""
+    with opened(browser, server) as page:
+        yield page

@@ -176,7 +176,7 @@ def served(
         listener.close()
 
 
-def wait_for(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+def wait_for(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
     """Wait until a condition holds; fails the test if it does not in time."""
     end = time.monotonic() + timeout_s
     while not condition():

@@ -38,6 +38,8 @@ MARKDOWN = "# Title\n\nSome **bold** text.\n\n- one\n- two\n\n```python\nprint(1
 def script(questions: list[str]) -> str:
     if questions[-1] == "markdown":
         return MARKDOWN
+    if questions[-1] == "numbers":
+        return " ".join(f"n{i}" for i in range(100, 200))
     if questions[-1] == "evil":
         return "\x1b[31mred\x1b]0;title\x07 \u202eback\n\n\ue000not dim\ue001"
     return plain_script(questions)
@@ -67,6 +69,7 @@ class Terminal:
         self.raw, self.read = b"", 0
 
     def resize(self, columns: int) -> None:
+        """As a window does: the kernel tells the program."""
         fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
 
     def type(self, keys: str) -> None:
@@ -153,7 +156,6 @@ def test_markdown_tools_and_hostile_text_at_every_width(server: Served):
         seen = screen.ask("markdown\r", "The end.")
         assert b"\x1b[1mbold" in screen.raw and "\u2022 one" in seen and "print(1)" in seen
         screen.resize(30)
-        screen.process.send_signal(signal.SIGWINCH)
         screen.ask("sum\r", "85]85.")
         assert b"\x1b[2m[27+58 = 85]" in screen.raw
         begin = len(screen.raw)
@@ -162,6 +164,40 @@ def test_markdown_tools_and_hostile_text_at_every_width(server: Served):
         assert b"\x1b[31mred" not in raw and b"\x1b]0;" not in raw and "\u202e".encode() not in raw
         assert b"[31mred" in raw and b"\x1b[2m" not in raw
         assert screen.leave("\x04") == 0  # Ctrl-D
+
+
+def test_line_editing_as_in_a_shell(server: Served):
+    with terminal(server) as screen:
+        screen.ask("world\x01hello \x05!\r", "1:hello world!")  # start and end of the line
+        screen.ask("one two\x17three\r", "2:one three")  # a word back
+        screen.ask("\u6f22\u5b57\U0001f600\x7f\x7f\u00e9\r", "3:\u6f22\u00e9")  # whole characters
+        screen.ask("gone\x15kept\r", "4:kept")
+        screen.ask("\x12world\r\r", "5:hello world!")  # search in the history
+        screen.type("/tem\t")
+        screen.read_until("perature")
+        screen.ask("\r", "temperature: 0")
+        screen.ask("\x1b[200~two\rlines\x1b[201~\r", "6:two")  # pasted: one message
+        screen.ask('"""three\rmore\rlines"""\r', "7:three")
+        screen.ask("ends \\\rhere\r", "8:ends")
+        assert screen.leave("exit\r") == 0
+
+
+def test_resizing_while_an_answer_is_written(server: Served):
+    with terminal(server) as screen:
+        server.model.pause_s = 0.02
+        screen.type("numbers\r")
+        for columns in (200, 12, 60, 3, 80):
+            screen.read_until("n1")
+            screen.resize(columns)
+            time.sleep(0.15)
+        server.model.pause_s = 0.0
+        seen = screen.read_until("User:")
+        final = seen[seen.rindex("n100 ") :].split()
+        assert final[:100] == [f"n{i}" for i in range(100, 200)], (
+            "the answer as it stays on the screen is whole"
+        )
+        screen.ask("again\r", "2:again")
+        assert screen.leave("/quit\r") == 0
 
 
 # --- without a terminal --------------------------------------------------------------------------------
@@ -185,6 +221,45 @@ def test_pipes_with_a_server(server: Served):
     result = cli("--url", server.url, "-p", "hello")
     assert result.returncode == 2 and "the model failed" in result.stderr and result.stdout == ""
     wait_for(lambda: server.pool.ready)
+
+
+def test_a_reader_that_has_enough(server: Served):
+    command = f"{sys.executable} -m scripts.chat_cli --url {server.url} -t 0 -p long | head -c 4"
+    server.model.pause_s = 0.002
+    result = subprocess.run(
+        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True, cwd=ROOT, timeout=120, check=False,
+    )  # fmt: skip
+    assert result.returncode == 141 and result.stdout == "word" and "Traceback" not in result.stderr
+    wait_for(lambda: idle(server))  # nobody goes on writing
+    server.model.pause_s = 0.0
+
+
+def test_ctrl_c_ends_a_single_answer_with_what_there_is(server: Served):
+    server.model.pause_s = 0.02
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.chat_cli",
+        "--url",
+        server.url,
+        "-t",
+        "0",
+        "-p",
+        "long",
+        "--json",
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        wait_for(lambda: server.pool.workers[0].num_running == 1, 60)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    answer = json.loads(out)
+    assert process.returncode == 130 and answer["finish_reason"] == "cancelled"
+    assert "word word ".startswith(answer["response"][:10]) and len(answer["response"]) < 900
+    wait_for(lambda: idle(server))
+    server.model.pause_s = 0.0
 
 
 @pytest.mark.parametrize(

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from nanochat.serve.settings import Defaults, Settings
+from tests.browsing import (
+    DESKTOP,
+    PHONE,
+    choose,
+    finished,
+    messages,
+    needs_browser,
+    opened,
+    say,
+    settings,
+    sidebar,
+)  # fmt: skip
 from tests.serving import Served, scripted_replica, served, wait_for
 
-playwright = pytest.importorskip("playwright.sync_api")
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; apt-get install chromium")
-ARGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-DESKTOP = {"width": 1200, "height": 800}
-PHONE = {"width": 390, "height": 780}
-HOSTILE = (
-    '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script> [click](javascript:window.hacked=1) '
-    "![x](http://evil.example/x.png) [ok](https://example.com) \u202eright to left **<b>bold</b>**\n\n"
-    "```html\n<script>window.hacked=1</script>\n```\n\n" + "x" * 1000
-)
+pytest.importorskip("playwright.sync_api")
+pytestmark = needs_browser
 
 
 def script(questions: list[str]) -> str:
@@ -34,12 +32,14 @@ def script(questions: list[str]) -> str:
         return "27 + 58 = <|python_start|>27+58<|python_end|><|output_start|>85<|output_end|>85."
     if last == "What is my name?":
         return "Your name is " + questions[0].removeprefix("I am ") + "."
-    if last == "hostile":
-        return HOSTILE
     if last == "code":
         return "Look:\n\n```python\nprint(1)  # one\n```\n\n1. *first*\n2. **second**\n\n| a | b |\n|--|--|\n| 1 | 2 |"
     if last == "long":
         return "word " * 150
+    if last == "lines":
+        return "line\n\n" * 60
+    if last == "empty":
+        return ""
     return f"Hello {last} \U0001f600"
 
 
@@ -53,63 +53,6 @@ def server() -> Iterator[Served]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=ARGS)
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def page(browser, server: Served):
-    yield from open_page(browser, server, DESKTOP)
-
-
-@pytest.fixture
-def phone(browser, server: Served):
-    yield from open_page(browser, server, PHONE)
-
-
-def open_page(browser, server: Served, viewport: dict):
-    """A page that fails its test on script errors, policy violations and requests to anybody else."""
-    server.model.pause_s = 0.0
-    context = browser.new_context(viewport=viewport)
-    page = context.new_page()
-    problems: list[str] = []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda line: problems.append(line.text) if line.type == "error" else None)
-    page.on(
-        "request",
-        lambda r: problems.append(r.url) if not r.url.startswith((server.url, "blob:", "data:")) else None,
-    )
-    page.goto(server.url)
-    page.wait_for_selector("#model:not(:empty)", state="attached")
-    yield page
-    context.close()
-    assert problems == []
-
-
-def say(page, text: str) -> None:
-    page.fill("#input", text)
-    page.press("#input", "Enter")
-
-
-def finished(page, count: int) -> str:
-    """Text of the last answer once `count` answers are there and nothing runs."""
-    page.wait_for_function(
-        "count => document.querySelectorAll('.assistant').length === count"
-        " && document.getElementById('stop').hidden && !document.querySelector('.streaming')",
-        arg=count,
-    )
-    return page.inner_text(".assistant:last-of-type .answer")
-
-
-def answers(page) -> list[str]:
-    return page.locator(".message").evaluate_all("nodes => nodes.map((node) => node.dataset.id)")
-
-
-@needs_browser
 def test_a_question_a_streamed_answer_and_a_second_turn_that_remembers(page, server: Served, tmp_path):
     server.model.pause_s = 0.01
     page.evaluate(
@@ -128,7 +71,6 @@ def test_a_question_a_streamed_answer_and_a_second_turn_that_remembers(page, ser
     assert len(picture) > 10_000
 
 
-@needs_browser
 def test_tool_calls_are_shown_and_sent_back_as_they_were(page, server: Served):
     say(page, "What is 27 + 58?")
     finished(page, 1)
@@ -142,7 +84,6 @@ def test_tool_calls_are_shown_and_sent_back_as_they_were(page, server: Served):
     finished(page, 2)
 
 
-@needs_browser
 def test_stop_keeps_the_partial_answer_and_frees_the_server(page, server: Served):
     server.model.pause_s = 0.02
     say(page, "long")
@@ -154,7 +95,6 @@ def test_stop_keeps_the_partial_answer_and_frees_the_server(page, server: Served
     wait_for(lambda: server.pool.workers[0].num_running == 0)
 
 
-@needs_browser
 def test_regenerate_keeps_alternatives(page):
     say(page, "a")
     finished(page, 1)
@@ -163,11 +103,11 @@ def test_regenerate_keeps_alternatives(page):
     page.click("[aria-label='Previous answer']")
     assert page.inner_text(".count") == "1/2"
     page.reload()
-    page.click(".entry")
     assert page.inner_text(".count") == "1/2"
+    page.click("[aria-label='Next answer']")
+    assert page.inner_text(".count") == "2/2"
 
 
-@needs_browser
 def test_edit_restarts_from_there_also_with_remarks_between(page):
     say(page, "one")
     finished(page, 1)
@@ -185,10 +125,9 @@ def test_edit_restarts_from_there_also_with_remarks_between(page):
     page.press(".editor textarea", "Enter")
     page.click("#dialog-ok")  # two later messages are lost
     assert finished(page, 1) == "Hello four \U0001f600"
-    assert len(answers(page)) == 2
+    assert len(messages(page)) == 2
 
 
-@needs_browser
 def test_a_new_conversation_during_streaming_stays_empty(page, server: Served):
     server.model.pause_s = 0.02
     say(page, "long")
@@ -196,25 +135,25 @@ def test_a_new_conversation_during_streaming_stays_empty(page, server: Served):
     page.keyboard.press("Control+Shift+KeyO")
     wait_for(lambda: server.pool.workers[0].num_running == 0)
     page.wait_for_timeout(100)
-    assert answers(page) == []
-    assert page.locator(".entry").count() == 1
-    page.click(".entry")
-    assert len(answers(page)) == 2 and page.inner_text(".assistant .answer").startswith("wo")
+    assert messages(page) == []
+    with sidebar(page):
+        assert page.locator(".entry").count() == 1
+        page.click(".entry")
+    assert len(messages(page)) == 2 and page.inner_text(".assistant .answer").startswith("wo")
 
 
-@needs_browser
-def test_enter_while_composing_does_not_send(page):
+def test_enter_while_composing_does_not_send(one_page):
+    page = one_page
     page.fill("#input", "ni")
     page.evaluate(
         """() => document.getElementById('input').dispatchEvent(
         new KeyboardEvent('keydown', { key: 'Enter', isComposing: true, bubbles: true, cancelable: true }))"""
     )
-    assert answers(page) == [] and page.input_value("#input") == "ni"
+    assert messages(page) == [] and page.input_value("#input") == "ni"
     page.press("#input", "Enter")
     finished(page, 1)
 
 
-@needs_browser
 def test_slashes_and_settings(page):
     say(page, "/temperature 1.5")
     say(page, "/topk 0")
@@ -225,29 +164,73 @@ def test_slashes_and_settings(page):
     assert body["messages"] == [{"role": "user", "content": "/odd"}]
     assert body["temperature"] == 1.5 and body["top_k"] == 0 and "max_tokens" not in body
     finished(page, 1)
-    page.click(".top [data-action=settings]")
-    assert page.input_value("#setting-temperature") == "1.5"
-    page.fill("#setting-system", "be brief")
-    page.dispatch_event("#setting-system", "change")
-    page.click(".reset")
-    assert page.input_value("#setting-temperature") == "0"
-    assert page.input_value("#setting-system") == ""
+    for line, answer in {
+        "/temperature": "Temperature: 1.5", "/system be brief": "be brief", "/seed random": "Seed: random",
+        "/topp 7": "from 0.01 to 1", "/help": "/maxtokens N", "/stats": "tok/s",
+    }.items():  # fmt: skip
+        say(page, line)
+        assert answer in page.inner_text(".remark:last-of-type")
+    with page.expect_download() as download:
+        say(page, "/export")
+    assert "**User**\n\n/odd" in download.value.path().read_text(encoding="utf-8")
+    say(page, "/undo")
+    page.wait_for_selector(".message", state="detached")
+    say(page, "/new")
+    with sidebar(page):
+        assert page.locator(".entry").count() == 1
 
 
-@needs_browser
-def test_model_text_is_never_markup(page):
-    say(page, "hostile")
+def test_settings_are_explained_sent_kept_and_reset(page):
+    chosen = {"temperature": 1.2, "top_k": 7, "top_p": 0.5, "max_tokens": 9, "seed": 3}
+    with settings(page):
+        for name, value in chosen.items():
+            assert len(page.inner_text(f"#setting-{name}-help")) > 20
+            choose(page, name, str(value))
+        choose(page, "system", "be brief")
+    with page.expect_request("**/chat/completions") as sent:
+        say(page, "a")
+    body = sent.value.post_data_json
+    assert {name: body[name] for name in chosen} == chosen
+    assert body["system"] == "be brief"
     finished(page, 1)
-    page.wait_for_timeout(100)
-    assert page.evaluate("window.hacked") is None
-    assert page.locator(".answer :is(img, script, b, iframe)").count() == 0
-    links = page.locator(".answer a").evaluate_all("nodes => nodes.map((n) => [n.protocol, n.rel])")
-    assert ["https:", "noopener noreferrer"] in links
-    assert {protocol for protocol, _ in links} <= {"https:", "http:"}
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert "cut off at the token limit" in page.inner_text(".assistant .stats")
+    page.reload()
+    page.wait_for_selector("#model:not(:empty)", state="attached")
+    with settings(page):
+        assert page.input_value("#setting-temperature") == "1.2"
+        page.click(".reset")
+        assert page.input_value("#setting-temperature") == "0"
+        assert page.input_value("#setting-system") == "" and page.input_value("#setting-seed") == ""
 
 
-@needs_browser
+def test_plain_text_and_an_empty_reply(page):
+    say(page, "code")
+    finished(page, 1)
+    with settings(page):
+        page.click("#setting-plain")
+    assert "**second**" in page.inner_text(".answer") and page.locator(".answer pre").count() == 0
+    say(page, "empty")
+    assert finished(page, 2) == "(empty reply)"
+    say(page, "still there")
+    assert finished(page, 3).startswith("Hello still there")
+    page.click(".user >> nth=2 >> [aria-label='Delete from here']")
+    page.click("#dialog-ok")
+    page.wait_for_function("() => document.querySelectorAll('.message').length === 4")
+
+
+def test_reading_on_while_it_writes(page, server: Served):
+    server.model.pause_s = 0.004
+    say(page, "lines")
+    page.wait_for_function("() => document.getElementById('scroller').scrollTop > 100")  # it follows the text
+    page.evaluate("document.getElementById('scroller').scrollTop = 0")
+    page.wait_for_selector("#jump", state="visible")
+    server.model.pause_s = 0.0
+    finished(page, 1)
+    assert page.evaluate("document.getElementById('scroller').scrollTop") == 0
+    page.click("#jump")
+    page.wait_for_selector("#jump", state="hidden")
+
+
 def test_markdown_and_code(page):
     say(page, "code")
     finished(page, 1)
@@ -258,31 +241,26 @@ def test_markdown_and_code(page):
     assert page.locator(".answer td").all_inner_texts() == ["1", "2"]
 
 
-@needs_browser
-@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_copying_speed_and_context(browser, server: Served, viewport: dict):
-    for page in open_page(browser, server, viewport):
-        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-        say(page, "code")
-        text = finished(page, 1)
-        page.click(".answer [aria-label='Copy code']")
-        assert page.evaluate("navigator.clipboard.readText()") == "print(1)  # one"
-        page.click(".assistant [aria-label=Copy]")
-        assert page.evaluate("navigator.clipboard.readText()").startswith("Look:\n\n```python\nprint(1)")
-        page.evaluate(  # what a page over plain HTTP in a local network finds
-            """() => { window.kept = navigator.clipboard;
+def test_copying_speed_and_context(page):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    say(page, "code")
+    text = finished(page, 1)
+    page.click(".answer [aria-label='Copy code']")
+    assert page.evaluate("navigator.clipboard.readText()") == "print(1)  # one"
+    page.click(".assistant [aria-label=Copy]")
+    assert page.evaluate("navigator.clipboard.readText()").startswith("Look:\n\n```python\nprint(1)")
+    page.evaluate(  # what a page over plain HTTP in a local network finds
+        """() => { window.kept = navigator.clipboard;
             Object.defineProperty(navigator, 'clipboard', { value: undefined }); }"""
-        )
-        page.click(".user [aria-label=Copy]")
-        assert page.evaluate("window.kept.readText()") == "code"
-        assert "Look:" in text and "tok/s" in page.inner_text(".assistant .stats")
-        if viewport == DESKTOP:  # a phone has no room for the meter
-            assert page.inner_text("#context").endswith("/4096")
+    )
+    page.click(".user [aria-label=Copy]")
+    assert page.evaluate("window.kept.readText()") == "code"
+    assert "Look:" in text and "tok/s" in page.inner_text(".assistant .stats")
+    assert page.inner_text("#context").endswith("/4096")
 
 
-@needs_browser
-def test_streamed_markdown_equals_markdown_at_once(page):
-    same = page.evaluate(
+def test_streamed_markdown_equals_markdown_at_once(one_page):
+    same = one_page.evaluate(
         """async () => {
         const { MarkdownView } = await import('/static/markdown.js');
         const text = '# T\\n\\npara *a* 2*3*4 snake_case_x `c`\\nline\\n\\n- x\\n  - y\\n\\n  more\\n- z\\n\\n```js\\nlet a;\\n\\nb\\n```\\n'
@@ -297,9 +275,8 @@ def test_streamed_markdown_equals_markdown_at_once(page):
     assert same == "same"
 
 
-@needs_browser
-def test_long_hostile_text_stays_fast(page):
-    seconds = page.evaluate(
+def test_long_hostile_text_stays_fast(one_page):
+    seconds = one_page.evaluate(
         """async () => {
         const { MarkdownView } = await import('/static/markdown.js');
         const begun = performance.now();
@@ -311,143 +288,96 @@ def test_long_hostile_text_stays_fast(page):
     assert seconds < 15
 
 
-@needs_browser
-def test_event_parser_survives_any_cut(page):
-    got = page.evaluate(
-        """async () => {
-        const { serverEvents } = await import('/static/sse.js');
-        const text = ': hello\\n\\ndata: {"token": "ä漢😀"}\\n\\ndata: {"a": "data: x"}\\r\\n\\r\\ndata: {"done": true}\\n\\n';
-        const bytes = new TextEncoder().encode(text);
-        const results = new Set();
-        for (let cut = 1; cut < bytes.length; cut += 1) {
-          const stream = new ReadableStream({ start(c) {
-            c.enqueue(bytes.slice(0, cut)); c.enqueue(bytes.slice(cut)); c.close(); } });
-          const events = [];
-          for await (const event of serverEvents(stream)) events.push(event);
-          results.add(JSON.stringify(events));
-        }
-        return [...results];
-    }"""
-    )
-    assert got == ['[{"token":"\u00e4\u6f22\U0001f600"},{"a":"data: x"},{"done":true}]']
-
-
-@needs_browser
 def test_token_probabilities(page):
-    page.click(".top [data-action=settings]")
-    page.click("#setting-probabilities")
     say(page, "a")
     finished(page, 1)
+    assert page.locator(".token").count() == 0
+    page.click(".assistant [aria-label='Token probabilities']")
     page.hover(".token >> nth=0")
     rivals = page.locator("#popover .rival").all_inner_texts()
     assert rivals[0].split() == ["H", "73", "%"] and rivals[1].split() == ["I", "27", "%"]
-    page.keyboard.press("Tab")
     assert page.inner_text(".tokens") == "Hello a \U0001f600"
+    page.click(".token >> nth=0")  # also a finger's way
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#popover .chosen code").inner_text() == "e"
+    assert page.get_attribute(".token:focus", "aria-label") == "e, 73 %"
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#popover", state="hidden")
+    page.click("[aria-label='Token probabilities'][aria-pressed=true]")
+    assert page.locator(".token").count() == 0
+    with settings(page):
+        page.click("#setting-probabilities")
+    say(page, "What is 27 + 58?")
+    finished(page, 2)
+    page.locator(".forced >> nth=0").hover()
+    assert page.inner_text("#popover") == "not sampled"
 
 
-@needs_browser
-def test_failures_are_shown_and_can_be_retried(page, server: Served):
-    server.model.fail_next = True
-    say(page, "a")
-    finished(page, 1)
-    assert "the model failed" in page.inner_text(".failure")
-    wait_for(lambda: server.pool.ready)
-    page.click(".failure .retry")
-    page.wait_for_function("() => document.querySelector('.failure').textContent === ''")
-    assert finished(page, 1) == "Hello a \U0001f600"
-
-
-@needs_browser
 def test_conversations_are_kept_named_searched_and_moved(page, tmp_path):
     for text in ("apples", "pears"):
-        page.click("[data-action=new]")
+        with sidebar(page):
+            page.click("[data-action=new]")
         say(page, text)
         finished(page, 1)
     page.reload()
-    assert page.locator(".entry").all_inner_texts() == ["pears", "apples"]
-    page.fill("#search", "hello apples")
-    assert page.locator(".entry").all_inner_texts() == ["apples"]
-    page.hover(".conversations li")
-    page.click(".conversations [aria-label=Rename]")
-    page.fill("#dialog-input", "fruit")
-    page.click("#dialog-ok")
-    page.wait_for_function("() => document.querySelector('.entry').textContent === 'fruit'")
-    page.fill("#search", "")
-    with page.expect_download() as download:
-        page.click("[data-action=export]")
     saved = tmp_path / "all.json"
-    download.value.save_as(saved)
-    page.hover(".conversations li")
-    page.click(".conversations li >> nth=0 >> [aria-label='Delete conversation']")
-    page.click("#dialog-ok")
-    page.wait_for_function("() => document.querySelectorAll('.entry').length === 1")
-    page.set_input_files("#import-file", saved)
-    page.wait_for_function("() => document.querySelectorAll('.entry').length === 3")
-    page.set_input_files("#import-file", {"name": "x.json", "mimeType": "application/json", "buffer": b"[]x"})
-    page.wait_for_function(
-        "() => document.querySelector('.remark:last-of-type').textContent.includes('no conversations')"
-    )
+    with sidebar(page):
+        assert page.locator(".entry").all_inner_texts() == ["pears", "apples"]
+        page.fill("#search", "hello apples")
+        assert page.locator(".entry").all_inner_texts() == ["apples"]
+        page.hover(".conversations li")
+        page.click(".conversations [aria-label=Rename]")
+        page.fill("#dialog-input", "fruit")
+        page.click("#dialog-ok")
+        page.wait_for_function("() => document.querySelector('.entry').textContent === 'fruit'")
+        page.fill("#search", "")
+        with page.expect_download() as download:
+            page.click("[data-action=export]")
+        download.value.save_as(saved)
+        page.hover(".conversations li")
+        page.click(".conversations li >> nth=0 >> [aria-label='Delete conversation']")
+        page.click("#dialog-ok")
+        page.wait_for_function("() => document.querySelectorAll('.entry').length === 1")
+        page.set_input_files("#import-file", saved)
+        page.wait_for_function("() => document.querySelectorAll('.entry').length === 3")
+        page.set_input_files(
+            "#import-file", {"name": "x.json", "mimeType": "application/json", "buffer": b"[]x"}
+        )
+        page.wait_for_function(
+            "() => document.querySelector('.remark:last-of-type').textContent.includes('no conversations')"
+        )
 
 
-@needs_browser
-def test_phone_drawer_theme_and_language(phone):
-    say(phone, "hostile")
-    finished(phone, 1)
-    assert phone.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert not phone.is_visible("#sidebar")
-    phone.click(".menu")
-    phone.wait_for_selector("#sidebar", state="visible")
-    phone.click(".close-drawer")
-    phone.wait_for_selector("#sidebar", state="hidden")
-    sizes = phone.evaluate(
-        "[...document.querySelectorAll('#input')].map((n) => parseFloat(getComputedStyle(n).fontSize))"
-    )
-    assert min(sizes) >= 16  # smaller, and iOS zooms in on focus
-    light = phone.evaluate("getComputedStyle(document.body).backgroundColor")
-    phone.click("[data-action=theme]")
-    assert phone.evaluate("getComputedStyle(document.body).backgroundColor") != light
-    phone.click(".top [data-action=settings]")
-    phone.select_option("#setting-language", "zh")
-    assert phone.get_attribute("#input", "placeholder") == "\u8bf7\u8f93\u5165\u95ee\u9898"
-    assert phone.get_attribute("html", "lang") == "zh"
+def test_themes_and_languages(page):
+    def ground() -> str:
+        return page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+    before = ground()
+    page.click("[data-action=theme]")
+    changed = ground()
+    assert changed != before
+    with settings(page):
+        page.select_option("#setting-language", "zh")
+    page.reload()
+    assert page.get_attribute("#input", "placeholder") == "\u8bf7\u8f93\u5165\u95ee\u9898"
+    assert page.get_attribute("html", "lang") == "zh" and ground() == changed
 
 
-@needs_browser
-def test_names_and_contrast(page):
-    """Every control has a name; text has the contrast that WCAG AA asks for, in both themes."""
-    say(page, "code")
-    finished(page, 1)
-    page.click(".top [data-action=settings]")
-    for theme in ("light", "dark"):
-        page.select_option("#setting-theme", theme)
-        page.wait_for_timeout(200)
-        nameless, pale = page.evaluate(ACCESSIBILITY)
-        assert nameless == [] and pale == []
-    assert page.get_attribute("#messages", "role") == "log"
+def test_a_phone_has_a_drawer_and_does_not_zoom(browser, server: Served):
+    with opened(browser, server, PHONE, has_touch=True, is_mobile=True) as phone:
+        assert not phone.is_visible("#sidebar")
+        with sidebar(phone):
+            phone.wait_for_selector("#sidebar", state="visible")
+        size = phone.evaluate("parseFloat(getComputedStyle(document.getElementById('input')).fontSize)")
+        assert size >= 16  # smaller, and iOS zooms in on focus
+        phone.fill("#input", "a")
+        phone.tap("#send")
+        finished(phone, 1)
+        phone.tap(".assistant [aria-label='Token probabilities']")
+        phone.tap(".token >> nth=0")
+        phone.wait_for_selector("#popover", state="visible")
 
 
-ACCESSIBILITY = """() => {
-  const visible = (node) => node.checkVisibility() && node.getBoundingClientRect().width > 1;
-  const named = (node) => node.getAttribute('aria-label') || node.textContent.trim() || node.labels?.length;
-  const nameless = [...document.querySelectorAll('button, input, textarea, select')]
-    .filter((node) => visible(node) && !named(node)).map((node) => node.outerHTML);
-  const numbers = (color) => color.match(/[\\d.]+/g).map(Number);
-  const light = ([r, g, b]) => [r, g, b].map((v) => v / 255)
-    .map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
-    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-  const ground = (node) => {
-    for (let at = node; at; at = at.parentElement) {
-      const color = numbers(getComputedStyle(at).backgroundColor);
-      if (color.length === 3) return color;
-    }
-    return [255, 255, 255];
-  };
-  const pale = [];
-  for (const node of document.querySelectorAll('body *')) {
-    const own = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
-    if (!own || !visible(node) || node.matches(':disabled, option')) continue;
-    const [a, b] = [light(numbers(getComputedStyle(node).color)), light(ground(node))].sort((x, y) => y - x);
-    if ((a + 0.05) / (b + 0.05) < 4.5) pale.push(`${node.className} ${node.textContent.slice(0, 20)}`);
-  }
-  return [nameless, pale];
-}"""
+def test_a_browser_set_to_chinese_gets_chinese(browser, server: Served):
+    with opened(browser, server, DESKTOP, locale="zh-CN") as page:
+        assert page.inner_text(".new span") == "\u65b0\u5bf9\u8bdd"

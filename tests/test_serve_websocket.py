@@ -70,6 +70,19 @@ def test_plain_text_is_a_message_and_the_connection_remembers(server: Served):
         assert answer(socket)[-1]["response"] == "1:d"
 
 
+def test_stateless_answers_leave_nothing_behind_and_scores_come_if_asked(server: Served):
+    with connect(address(server)) as socket:
+        session = receive(socket)["session_id"]
+        body = {"messages": [{"role": "user", "content": "ab"}], "logprobs": 2}
+        socket.send(json.dumps({**body, "stateless": True}))
+        scores = [score for frame in answer(socket) for score in frame.get("logprobs", [])]
+        assert [score["token"] for score in scores][:4] == ["1", ":", "a", "b"]
+        assert all(len(score["top_logprobs"]) == 2 for score in scores)
+        assert server.http.get(f"/sessions/{session}").json()["messages"] == []
+        socket.send("c")
+        assert answer(socket)[-1]["response"] == "1:c"
+
+
 def test_set_stop_ping_and_busy(server: Served):
     server.model.pause_s = 0.01
     try:

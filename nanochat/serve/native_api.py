@@ -78,7 +78,7 @@ async def _lines(service: Service, job: Job, full: bool, truncated: int) -> Asyn
 
 
 def _piece_lines(service: Service, job: Job, item: Piece, full: bool) -> list[str]:
-    scores = {"logprobs": [score_body(service, score) for score in item.scores]} if item.scores else {}
+    scores = scores_of(service, item)
     if item.delta.kind == TEXT:
         return [event(token=item.delta.text, gpu=job.worker, **scores)] if item.delta.text or scores else []
     return [event(tool=phase(item.delta.kind), text=item.delta.text, **scores)] if full else []
@@ -92,6 +92,11 @@ def phase(kind: str) -> str:
 def event(**fields: object) -> str:
     """One server-sent event. Non-ASCII characters stay readable, as upstream sends them."""
     return f"data: {json.dumps(fields, ensure_ascii=False)}\n\n"
+
+
+def scores_of(service: Service, piece: Piece) -> dict[str, list[dict]]:
+    """The field of an event that tells how likely its tokens were, if that was asked for."""
+    return {"logprobs": [score_body(service, score) for score in piece.scores]} if piece.scores else {}
 
 
 def score_body(service: Service, score: Scored) -> dict:

@@ -116,12 +116,13 @@ class Service:
             raise
         return job
 
-    def submit_chat(self, messages: Sequence[Message], sampling: Sampling, system: str | None) -> Job:
+    def submit_chat(
+        self, messages: Sequence[Message], sampling: Sampling, system: str | None, logprobs: int | None = None
+    ) -> Job:
         """A job for the next answer of a conversation, with the server's context policy."""
         prompt = self.prompt(messages, system, sampling.max_tokens)
-        return self.submit(
-            [prompt.tokens], [self.params(sampling, prompt.max_tokens)], stop_strings(sampling.stop)
-        )
+        params = self.params(sampling, prompt.max_tokens, logprobs=logprobs)
+        return self.submit([prompt.tokens], [params], stop_strings(sampling.stop))
 
     async def events(self, job: Job, endpoint: str) -> AsyncGenerator[Item | None, None]:
         """The job's items; None stands for a long silence. Whoever stops reading cancels the job."""

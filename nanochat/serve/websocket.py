@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from nanochat.serve.errors import ApiError
 from nanochat.serve.jobs import Ended, Failed, Job, Piece, Started
 from nanochat.serve.logs import job_line, log_facts
-from nanochat.serve.native_api import answer_body, phase
+from nanochat.serve.native_api import answer_body, phase, scores_of
 from nanochat.serve.parts import TEXT
 from nanochat.serve.schemas import CompletionRequest, Message, Sampling, check_messages, check_sampling
 from nanochat.serve.security import bearer, client_name, has_key, owner_name
@@ -177,19 +177,24 @@ class _Connection:
         self._ask(session, question, frame)
 
     def _ask(self, session: Session, messages: Any, frame: dict[str, Any]) -> None:
-        given = {name: frame[name] for name in [*Sampling.model_fields, "system"] if name in frame}
+        given = {
+            name: frame[name] for name in [*Sampling.model_fields, "system", "logprobs"] if name in frame
+        }
         body = CompletionRequest(**{**session.params, **self._defaults, **given, "messages": messages})
         check_messages(body.messages, self._service.settings.limits)
         check_sampling(body, self._service.settings.limits)
         self._service.spend(self._client)
         system = body.system if body.system is not None else session.system
         conversation = [message.model_dump() for message in body.messages]
-        self._job = self._service.submit_chat(conversation, body, system)
+        self._job = self._service.submit_chat(conversation, body, system, body.logprobs)
         wanted = frame.get("id")
         identity = wanted if isinstance(wanted, str | int) else self._job.id
-        self._answering = asyncio.create_task(self._answer(session, body.messages, self._job, identity))
+        keeper = None if frame.get("stateless") is True else session
+        self._answering = asyncio.create_task(self._answer(keeper, body.messages, self._job, identity))
 
-    async def _answer(self, session: Session, messages: list[Message], job: Job, identity: str | int) -> None:
+    async def _answer(
+        self, session: Session | None, messages: list[Message], job: Job, identity: str | int
+    ) -> None:
         if position := self._service.pool.queue.position(job):
             await self._send("queued", id=identity, position=position)
         try:
@@ -200,10 +205,14 @@ class _Connection:
                             "start", id=identity, gpu=item.worker, prompt_tokens=job.prompt_tokens
                         )
                     elif isinstance(item, Piece) and item.delta.kind == TEXT:
-                        await self._send("token", id=identity, token=item.delta.text, gpu=job.worker)
+                        scores = scores_of(self._service, item)
+                        await self._send(
+                            "token", id=identity, token=item.delta.text, gpu=job.worker, **scores
+                        )
                     elif isinstance(item, Piece):
                         text, kind = item.delta.text, phase(item.delta.kind)
-                        await self._send("tool", id=identity, phase=kind, text=text)
+                        scores = scores_of(self._service, item)
+                        await self._send("tool", id=identity, phase=kind, text=text, **scores)
                     elif isinstance(item, Failed):
                         error = {"message": item.message, "code": item.code}
                         await self._send("error", id=identity, error=error)
@@ -211,7 +220,8 @@ class _Connection:
                     elif isinstance(item, Ended):
                         await self._send("done", id=identity, done=True, **answer_body(job))
         finally:
-            self._store(session, messages, job)
+            if session is not None:
+                self._store(session, messages, job)
             log_facts(logging.INFO, "answer", {"path": "/ws", **job_line(job)})
 
     def _store(self, session: Session, messages: list[Message], job: Job) -> None:

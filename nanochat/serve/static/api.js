@@ -1,5 +1,6 @@
 // The server as the page sees it.
 
+import { socketEvents } from "./socket.js";
 import { serverEvents } from "./sse.js";
 
 const KEY = "nanochat.key";
@@ -31,18 +32,24 @@ export async function isReady() {
   return (await fetch("ready")).ok;
 }
 
-// Yields the events of POST /chat/completions in its full dialect.
-export async function* complete(body, signal) {
-  const request = { method: "POST", headers: headers(), body: JSON.stringify({ ...body, events: "full" }), signal };
-  const response = await fetch("chat/completions", request);
-  if (!response.ok) throw await asError(response);
+// Yields the events of an answer, in the full dialect of POST /chat/completions whatever brings them.
+export async function* complete(body, signal, transport) {
+  const events = transport === "websocket"
+    ? socketEvents(body, sessionStorage.getItem(KEY), signal) : await posted(body, signal);
   let finished = false;
-  for await (const event of serverEvents(response.body)) {
-    if (event.error) throw new ServerError(response.status, event.error.message, event.error.code);
+  for await (const event of events) {
+    if (event.error) throw new ServerError(event.status ?? 200, event.error.message, event.error.code);
     finished ||= Boolean(event.done);
     yield event;
   }
   if (!finished) throw new ServerError(0, "the connection broke before the answer was complete", "broken");
+}
+
+async function posted(body, signal) {
+  const request = { method: "POST", headers: headers(), body: JSON.stringify({ ...body, events: "full" }), signal };
+  const response = await fetch("chat/completions", request);
+  if (!response.ok) throw await asError(response);
+  return serverEvents(response.body);
 }
 
 async function asError(response) {

@@ -3,7 +3,7 @@
 import { getConfig, isReady, setKey } from "./api.js";
 import { Chat, atEnd, scrollToEnd } from "./chat.js";
 import { readCommand } from "./commands.js";
-import { ask, byId, download, element, setIcon } from "./dom.js";
+import { ask, byId, download, element, focusInput, setIcon } from "./dom.js";
 import { t } from "./i18n.js";
 import { remark } from "./messages.js";
 import { Settings } from "./settings.js";
@@ -14,7 +14,8 @@ const STARTERS = ["Who are you?", "What is 27 + 58?", "How many r are in strawbe
 const POLL_MS = 2000;
 
 const input = byId("input");
-const conversations = new Conversations();
+const narrow = matchMedia("(max-width: 900px)"); // as in style.css: sidebar and settings lie over the page
+const conversations = new Conversations(onOtherTab);
 const settings = new Settings((name) => {
   if (["plain", "probabilities", "language", "all"].includes(name) && !chat.busy) chat.draw();
   if (name === "theme" || name === "all") showTheme();
@@ -27,8 +28,25 @@ let config = null;
 
 function openConversation(conversation) {
   chat.open(conversation);
-  document.body.classList.remove("drawer-open");
-  input.focus();
+  showDrawer(false);
+  focusInput();
+}
+
+// The address names the conversation, so that reloading and the browser's Back find it again.
+function showAddress({ id, messages }) {
+  const wanted = messages.length ? `#${id}` : "";
+  if (location.hash === wanted) return;
+  history.pushState(null, "", wanted || location.pathname + location.search);
+}
+
+function followAddress() {
+  const id = location.hash.slice(1);
+  if (id !== chat.conversation.id) openConversation(conversations.find(id) ?? conversations.create());
+}
+
+function onOtherTab(id) {
+  if (id === chat.conversation.id && !chat.busy) chat.open(conversations.find(id) ?? conversations.create());
+  sidebar.render();
 }
 
 const newConversation = () => {
@@ -85,6 +103,7 @@ function refresh() {
   byId("welcome").hidden = chat.messages.length > 0;
   byId("title").textContent = conversation.title || "nanochat";
   document.title = conversation.title ? `${conversation.title} · nanochat` : "nanochat";
+  showAddress(conversation);
   sidebar.render();
   showJump();
 }
@@ -92,7 +111,7 @@ function refresh() {
 function showContext(usage) {
   const node = byId("context");
   const limit = config?.context_length;
-  node.hidden = !usage || !limit;
+  node.hidden = !limit || !Number.isFinite(usage?.total_tokens);
   if (node.hidden) return;
   const used = usage.total_tokens;
   node.querySelector(".context-text").textContent = `${used}/${limit}`;
@@ -101,6 +120,41 @@ function showContext(usage) {
 }
 
 const showJump = () => { byId("jump").hidden = atEnd(); };
+
+// --- what lies over the page on narrow screens; the rest cannot be reached meanwhile, by no key and no reader
+
+function showDrawer(open) {
+  document.body.classList.toggle("drawer-open", open);
+  document.querySelector(".menu").setAttribute("aria-expanded", String(open));
+  guard();
+}
+
+function showSettings(open) {
+  byId("settings").hidden = !open;
+  document.body.classList.toggle("panel-open", open);
+  const opener = document.querySelector(".top [data-action=settings]");
+  opener.setAttribute("aria-expanded", String(open));
+  guard();
+  (open ? byId("settings").querySelector("button") : opener).focus();
+}
+
+function guard() {
+  const panel = !byId("settings").hidden;
+  const drawer = document.body.classList.contains("drawer-open");
+  document.querySelector(".main").inert = narrow.matches && (panel || drawer);
+  document.querySelector(".skip").inert = narrow.matches && (panel || drawer);
+  byId("sidebar").inert = narrow.matches && (panel || !drawer);
+}
+
+function closeTop() {
+  if (!byId("settings").hidden) showSettings(false);
+  else if (document.body.classList.contains("drawer-open")) closeDrawer();
+}
+
+function closeDrawer() {
+  showDrawer(false);
+  document.querySelector(".menu").focus();
+}
 
 function isDark() {
   const theme = settings.get("theme");
@@ -141,7 +195,7 @@ async function askForKey() {
 
 function onAnswerError(error) {
   if (error.status === 401) askForKey();
-  else if (error instanceof TypeError || error.status === 503) connect();
+  else if (!error.status || error.status === 503) connect(); // out of reach, or without a model
 }
 
 // --- what mouse and keys do
@@ -153,18 +207,15 @@ const ACTIONS = {
   export: exportAll,
   import: () => byId("import-file").click(),
   theme: () => settings.set("theme", isDark() ? "light" : "dark"),
-  drawer: (node) => {
-    const open = document.body.classList.toggle("drawer-open");
-    document.querySelector(".menu").setAttribute("aria-expanded", String(open));
-    if (open) byId("search").focus();
-    else if (node.matches(".close-drawer")) document.querySelector(".menu").focus();
+  drawer: () => {
+    showDrawer(true);
+    document.querySelector(".close-drawer").focus();
   },
-  settings: () => {
-    const panel = byId("settings");
-    panel.hidden = !panel.hidden;
-    document.querySelector(".top [data-action=settings]").setAttribute("aria-expanded", String(!panel.hidden));
-    if (!panel.hidden) panel.querySelector("input").focus();
-  },
+  "close-drawer": closeDrawer,
+  "close-top": closeTop,
+  settings: () => showSettings(byId("settings").hidden),
+  skip: () => input.focus(),
+  cancel: () => byId("dialog").close("cancel"), // no submit button: Enter takes the first of those, which is OK
 };
 
 function onInputKey(event) {
@@ -184,8 +235,9 @@ function onInputKey(event) {
 function onKey(event) {
   const typing = event.target.matches?.("input,textarea,select");
   if (event.isComposing) return;
+  if (event.key === "Escape" && byId("dialog").open) return; // the browser closes it
   if (event.key === "Escape" && chat.busy) chat.stop();
-  else if (event.key === "Escape") document.body.classList.remove("drawer-open");
+  else if (event.key === "Escape") closeTop();
   else if ((event.ctrlKey || event.metaKey) && event.shiftKey && event.key.toLowerCase() === "o") {
     event.preventDefault();
     newConversation();
@@ -198,7 +250,10 @@ function onKey(event) {
 function start() {
   for (const node of document.querySelectorAll("[data-icon]")) setIcon(node, node.dataset.icon);
   for (const node of document.querySelectorAll("[data-action]")) {
-    node.addEventListener("click", () => ACTIONS[node.dataset.action](node));
+    node.addEventListener("click", (event) => {
+      event.preventDefault();
+      ACTIONS[node.dataset.action]();
+    });
   }
   for (const text of STARTERS) {
     const starter = element("button", "starter", text);
@@ -212,11 +267,18 @@ function start() {
   input.addEventListener("input", fitInput);
   input.addEventListener("keydown", onInputKey);
   document.addEventListener("keydown", onKey);
+  addEventListener("popstate", followAddress);
+  narrow.addEventListener("change", guard);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showTheme);
+  if (navigator.platform.startsWith("Mac")) document.querySelector("kbd").textContent = "\u21E7 \u2318 O";
   settings.render();
   showTheme();
-  refresh();
+  guard();
+  const wanted = conversations.find(location.hash.slice(1));
+  if (wanted) chat.open(wanted);
+  else refresh();
   fitInput();
-  input.focus();
+  focusInput();
   connect();
 }
 

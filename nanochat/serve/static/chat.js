@@ -1,10 +1,11 @@
 // One conversation on the page: asking, streaming the answer, and changing what was said.
 
 import { complete } from "./api.js";
-import { ask, byId, copyText } from "./dom.js";
+import { ask, byId, copyText, focusInput, redraw } from "./dom.js";
 import { t } from "./i18n.js";
 import { addToken, editInPlace, messageView, remark, updateMessage } from "./messages.js";
-import { answerOf, asMessages, newId } from "./store.js";
+import { Speech, announce } from "./speech.js";
+import { answerOf, asMessages, newId, spokenText } from "./store.js";
 
 export class Chat {
   constructor(conversations, settings, { onChange, onUsage, onError }) {
@@ -42,9 +43,8 @@ export class Chat {
   }
 
   draw() {
-    byId("messages").replaceChildren(
-      ...this.messages.map((message) => messageView(message, this.actions, this.settings)),
-    );
+    const views = this.messages.map((message) => messageView(message, this.actions, this.settings));
+    redraw(byId("messages"), () => byId("messages").replaceChildren(...views), byId("input"));
     this.notify();
   }
 
@@ -132,13 +132,21 @@ export class Chat {
   async #answer(message) {
     const { conversation } = this;
     const alternative = answerOf(message);
+    const speech = new Speech();
     const abort = this.abort = new AbortController();
     const before = asMessages(this.messages.slice(0, this.messages.indexOf(message)));
-    const paint = painter(() => this.#paint(message, true));
+    this.place = 0; // in the server's queue
+    const paint = painter(() => {
+      this.#paint(message, true);
+      if (conversation === this.conversation) speech.update(spokenText(alternative.parts), false);
+    });
     this.#paint(message, true);
     this.notify();
+    if (byId("messages").contains(document.activeElement)) focusInput(); // the toolbar is hidden meanwhile
+    announce(t("answering"));
     try {
-      for await (const event of complete({ messages: before, ...this.settings.sampling() }, abort.signal)) {
+      const body = { messages: before, ...this.settings.sampling() };
+      for await (const event of complete(body, abort.signal, this.settings.get("transport"))) {
         this.#take(alternative, event);
         paint();
       }
@@ -151,21 +159,33 @@ export class Chat {
     }
     paint.cancel();
     if (this.abort === abort) this.abort = null;
-    this.conversations.save(conversation);
+    const deleted = !this.conversations.find(conversation.id); // meanwhile, and it must not come back
+    const kept = deleted || this.conversations.save(conversation);
     this.#paint(message, false);
-    if (conversation === this.conversation) this.onUsage(this.lastUsage());
+    if (conversation === this.conversation) this.#tell(alternative, speech, kept);
     this.notify();
+  }
+
+  // The answer is complete: say so to those who hear the page, and put back the focus that was on the stop button.
+  #tell(alternative, speech, kept) {
+    this.onUsage(this.lastUsage());
+    speech.update(spokenText(alternative.parts), true);
+    announce(alternative.error ?? (alternative.parts.length ? t("answered") : t("emptyReply")));
+    if (!kept && !this.toldUnkept) remark(t("notKept"));
+    this.toldUnkept ||= !kept;
+    if ([document.body, byId("stop"), byId("send")].includes(document.activeElement)) focusInput();
   }
 
   #take(alternative, event) {
     const { parts } = alternative;
+    this.place = event.queued ?? 0;
     if (event.start && event.truncated_messages) remark(t("truncated", event.truncated_messages));
     if (event.token) {
       if (parts.at(-1)?.type === "text") parts.at(-1).text += event.token;
       else parts.push({ type: "text", text: event.token });
     }
     if (event.tool) parts.push({ type: event.tool === "call" ? "python" : "python_output", text: event.text });
-    if (event.logprobs || (event.token && this.settings.get("probabilities"))) {
+    if (event.token || event.tool || event.logprobs) {
       addToken(alternative, event.tool ? ` ${event.text} ` : event.token, event.logprobs ?? []);
     }
     if (event.done && event.usage) {
@@ -177,7 +197,7 @@ export class Chat {
     const node = this.#node(message);
     if (!node) return; // another conversation is on the page
     const follow = atEnd();
-    updateMessage(node, message, this.actions, this.settings, streaming);
+    updateMessage(node, message, this.actions, this.settings, streaming && { place: this.place });
     if (follow) scrollToEnd();
   }
 }

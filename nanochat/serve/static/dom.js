@@ -30,7 +30,7 @@ const ICONS = {
   sun: "M12 16a4 4 0 1 0 0-8 4 4 0 0 0 0 8zM12 3v2M12 19v2M3 12h2M19 12h2M5.600 5.600 7 7M17 17l1.400 1.400M18.400 5.600 17 7M7 17l-1.400 1.400",
   sliders: "M4 8h9M19 8h1M4 16h1M11 16h9M16 10.500a2.500 2.500 0 1 0 0-5 2.500 2.500 0 0 0 0 5zM8 18.500a2.500 2.500 0 1 0 0-5 2.500 2.500 0 0 0 0 5z",
   calculator: "M6 4h12v16H6zM9 8h6M9 12.500h.01M12 12.500h.01M15 12.500h.01M9 16h.01M12 16h.01M15 16h.01",
-  dots: "M6 12h.01M12 12h.01M18 12h.01",
+  bars: "M5 19v-5M10 19V5M15 19v-9M20 19v-3",
 };
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -60,6 +60,25 @@ export function button(name, label, onClick) {
   return node;
 }
 
+// Draw a part of the page again; the focus stays with the same control of the same thing, or goes to a fallback.
+export function redraw(root, draw, fallback = null) {
+  const focused = root.contains(document.activeElement) ? document.activeElement : null;
+  const owner = focused?.closest("[data-id]")?.dataset.id;
+  draw();
+  if (!focused || document.activeElement === focused) return;
+  const scope = owner === undefined || root.dataset.id === owner ? root : root.querySelector(`[data-id="${CSS.escape(owner)}"]`);
+  const controls = scope ? [...scope.querySelectorAll("button:enabled")] : [];
+  const again = controls.find((one) => nameOf(one) === nameOf(focused)) ?? controls[0] ?? fallback;
+  again?.focus();
+}
+
+const nameOf = (node) => node.getAttribute("aria-label") ?? node.className;
+
+// To the message field, but not on phones and tablets, where that would open the keyboard.
+export function focusInput() {
+  if (matchMedia("(hover: hover)").matches) byId("input").focus();
+}
+
 // Ask in a modal dialog. Resolves to true, to the text typed (when `value` is given), or to null.
 export function ask(text, { value, secret = false } = {}) {
   const dialog = byId("dialog");
@@ -72,6 +91,7 @@ export function ask(text, { value, secret = false } = {}) {
   dialog.returnValue = "cancel";
   dialog.showModal();
   (input.hidden ? byId("dialog-ok") : input).focus();
+  input.select();
   return new Promise((resolve) => {
     dialog.addEventListener("close", () => {
       const agreed = dialog.returnValue === "ok";

@@ -179,6 +179,7 @@ function table(block, context) {
   const node = element("table");
   node.append(head, body);
   const frame = element("div", "table");
+  frame.tabIndex = 0; // wide tables scroll, also by keyboard
   frame.append(node);
   return frame;
 }

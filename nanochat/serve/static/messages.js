@@ -1,13 +1,17 @@
 // The list of messages: one article each, with a toolbar of what can be done to it.
 
 import { AnswerView } from "./answer.js";
-import { button, byId, element, setIcon } from "./dom.js";
+import { button, byId, element, redraw, setIcon } from "./dom.js";
 import { t } from "./i18n.js";
+import { announce } from "./speech.js";
 import { answerOf, textOf } from "./store.js";
 
 // Scored tokens live as long as the page: they are too many to keep.
 const scoredTokens = new WeakMap();
-export const tokensOf = (alternative) => scoredTokens.get(alternative) ?? null;
+// Whether the tokens of an answer are to be seen; the setting decides where nobody chose.
+const tokensShown = new WeakMap();
+const showsTokens = (alternative, settings) => tokensShown.get(alternative) ?? settings.get("probabilities");
+const isScored = (alternative) => Boolean(scoredTokens.get(alternative)?.some(({ scores }) => scores.length));
 export function addToken(alternative, text, scores) {
   if (!scoredTokens.has(alternative)) scoredTokens.set(alternative, []);
   const tokens = scoredTokens.get(alternative);
@@ -32,16 +36,17 @@ export function messageView(message, actions, settings) {
   return node;
 }
 
+// streaming: false, or {place} in the server's queue.
 export function updateMessage(node, message, actions, settings, streaming = false) {
-  node.classList.toggle("streaming", streaming);
-  node.setAttribute("aria-busy", String(streaming));
+  node.classList.toggle("streaming", Boolean(streaming));
+  node.setAttribute("aria-busy", String(Boolean(streaming)));
   if (message.role === "assistant") {
     const alternative = answerOf(message);
-    const tokens = settings.get("probabilities") ? tokensOf(alternative) : null;
+    const tokens = isScored(alternative) && showsTokens(alternative, settings) ? scoredTokens.get(alternative) : null;
     node.answer.update(alternative, { streaming, tokens });
     showFailure(node.querySelector(".failure"), alternative.error, message, actions);
   }
-  if (!streaming) fillToolbar(node.querySelector(".toolbar"), message, actions);
+  if (!streaming) redraw(node, () => fillToolbar(node, message, actions, settings), byId("input"));
 }
 
 function showFailure(node, error, message, actions) {
@@ -53,9 +58,11 @@ function showFailure(node, error, message, actions) {
   node.append(element("span", "", error), again);
 }
 
-function fillToolbar(toolbar, message, actions) {
+function fillToolbar(node, message, actions, settings) {
+  const toolbar = node.querySelector(".toolbar");
   const copy = button("copy", t("copy"), async () => {
     await actions.copy(textOf(message));
+    announce(t("copied"));
     setIcon(copy, "check");
     setTimeout(() => setIcon(copy, "copy"), 1500);
   });
@@ -71,9 +78,22 @@ function fillToolbar(toolbar, message, actions) {
     ...alternatives(message, actions),
     copy,
     button("retry", t("regenerate"), () => actions.regenerate(message)),
+    ...tokensButton(node, message, actions, settings),
     button("trash", t("remove"), () => actions.remove(message)),
     element("span", "stats", statsText(answerOf(message))),
   );
+}
+
+function tokensButton(node, message, actions, settings) {
+  const alternative = answerOf(message);
+  if (!isScored(alternative)) return [];
+  const shown = showsTokens(alternative, settings);
+  const toggle = button("bars", t("probabilities"), () => {
+    tokensShown.set(alternative, !shown);
+    updateMessage(node, message, actions, settings);
+  });
+  toggle.setAttribute("aria-pressed", String(shown));
+  return [toggle];
 }
 
 function alternatives(message, actions) {
@@ -109,11 +129,13 @@ export function editInPlace(node, text) {
   const bubble = node.querySelector(".bubble");
   bubble.replaceWith(form);
   node.classList.add("editing");
+  const before = document.activeElement;
   area.focus();
   return new Promise((resolve) => {
     const finish = (value) => {
       form.replaceWith(bubble);
       node.classList.remove("editing");
+      before.focus();
       resolve(value);
     };
     cancel.addEventListener("click", () => finish(null));
@@ -135,5 +157,6 @@ export function editInPlace(node, text) {
 
 // The page's own remarks (results of commands) stand between messages but belong to no conversation.
 export function remark(text) {
+  announce(text);
   byId("messages").append(element("p", "remark", text));
 }

@@ -13,13 +13,17 @@ const FIELDS = [
   { name: "system", kind: "text" },
   { name: "probabilities", kind: "check" },
   { name: "plain", kind: "check" },
+  { name: "transport", kind: "choice", choices: () => ({ sse: t("transportEvents"), websocket: "WebSocket" }) },
   { name: "theme", kind: "choice", choices: () => ({ system: t("themeSystem"), light: t("themeLight"), dark: t("themeDark") }) },
   { name: "language", kind: "choice", choices: () => ({ "": t("themeSystem"), ...LANGUAGES }) },
 ];
 
+const CANDIDATES = 8; // of each token whose probabilities are asked for
+
 export class Settings {
+  #scores = false; // whether the server tells them
   #chosen = loadSettings();
-  #defaults = { temperature: 0.8, top_k: 50, top_p: 1, max_tokens: 512, seed: null, system: "", probabilities: false, plain: false, theme: "system", language: "" };
+  #defaults = { temperature: 0.8, top_k: 50, top_p: 1, max_tokens: 512, seed: null, system: "", probabilities: false, plain: false, transport: "sse", theme: "system", language: "" };
   #onChange;
 
   constructor(onChange) {
@@ -30,6 +34,7 @@ export class Settings {
   // Take the server's defaults and limits.
   configure(config) {
     Object.assign(this.#defaults, config.defaults);
+    this.#scores = config.features.includes("logprobs");
     const room = config.context_length ?? config.limits.max_tokens;
     this.field("max_tokens").max = Math.min(config.limits.max_tokens, room);
     this.field("top_k").max = config.limits.max_top_k;
@@ -63,7 +68,7 @@ export class Settings {
       if (value !== undefined && value !== null) body[name] = value;
     }
     if (this.get("system")) body.system = this.get("system");
-    if (this.get("probabilities")) body.logprobs = 8;
+    if (this.#scores) body.logprobs = CANDIDATES;
     return body;
   }
 

@@ -1,6 +1,6 @@
 // The list of conversations.
 
-import { ask, button, byId, element } from "./dom.js";
+import { ask, button, byId, element, redraw } from "./dom.js";
 import { t } from "./i18n.js";
 
 export class Sidebar {
@@ -13,11 +13,13 @@ export class Sidebar {
 
   render() {
     const found = this.conversations.list(byId("search").value);
-    byId("conversations").replaceChildren(...found.map((one) => this.#entry(one)));
+    const list = byId("conversations");
+    redraw(list, () => list.replaceChildren(...found.map((one) => this.#entry(one))), document.querySelector(".new"));
   }
 
   #entry(conversation) {
     const item = element("li");
+    item.dataset.id = conversation.id;
     const open = element("button", "entry", conversation.title || t("untitled"));
     open.type = "button";
     open.title = conversation.title;

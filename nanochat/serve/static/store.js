@@ -1,10 +1,12 @@
-// What the browser keeps: conversations and settings. A conversation is
+// What the browser keeps: settings, and each conversation under a key of its own, so that several tabs can write.
+// A conversation is
 //   {id, title, created, updated, messages}
 // a user message {id, role, content}, an answer {id, role, alternatives: [{parts, stats, error}], chosen}.
 
-const CONVERSATIONS = "nanochat.conversations";
+const CONVERSATION = "nanochat.conversation.";
 const SETTINGS = "nanochat.settings";
 const MAX_CONVERSATIONS = 200;
+const MAX_CHARS = 2000000; // of one conversation: browsers give about five million for all
 
 export const newId = () => crypto.getRandomValues(new Uint32Array(3)).reduce((id, n) => id + n.toString(36), "");
 
@@ -24,9 +26,27 @@ export function saveSettings(settings) {
   } catch { /* a private window: settings last as long as the page */ }
 }
 
+function storedConversations() {
+  try {
+    const keys = Object.keys(localStorage).filter((key) => key.startsWith(CONVERSATION));
+    return keys.map((key) => read(key, null)).filter(isConversation);
+  } catch {
+    return []; // a private window may refuse storage
+  }
+}
+
 export class Conversations {
-  constructor() {
-    this.all = read(CONVERSATIONS, []).filter(isConversation);
+  // onChange(id) is called when another tab changed or removed a conversation.
+  constructor(onChange) {
+    this.all = storedConversations();
+    addEventListener("storage", ({ key, newValue }) => {
+      if (!key?.startsWith(CONVERSATION)) return;
+      const id = key.slice(CONVERSATION.length);
+      const changed = newValue === null ? null : read(key, null);
+      this.all = this.all.filter((one) => one.id !== id);
+      if (isConversation(changed)) this.all.push(changed);
+      onChange(id);
+    });
   }
 
   create() {
@@ -45,41 +65,49 @@ export class Conversations {
     return this.all.filter(matches).sort((a, b) => b.updated - a.updated);
   }
 
+  // Returns whether it is really kept: it may be too long, or the browser may refuse.
   save(conversation) {
     conversation.updated = Date.now();
     if (!conversation.title && conversation.messages.length) {
       conversation.title = titleOf(conversation.messages[0].content);
     }
-    if (!this.find(conversation.id)) this.all.push(conversation);
-    this.#write();
+    return this.#put(conversation);
   }
 
   remove(id) {
     this.all = this.all.filter((one) => one.id !== id);
-    this.#write();
+    try {
+      localStorage.removeItem(CONVERSATION + id);
+    } catch { /* a private window kept nothing */ }
   }
 
   // Returns how many were taken; what does not look like a conversation is left out.
   import(text) {
     const value = JSON.parse(text);
     const found = (Array.isArray(value) ? value : [value]).filter(isConversation);
-    for (const one of found) this.all.push({ ...one, id: newId() });
-    this.#write();
+    for (const one of found) this.#put({ ...one, id: newId() });
     return found.length;
   }
 
-  #write() {
-    this.all.sort((a, b) => b.updated - a.updated);
-    this.all.length = Math.min(this.all.length, MAX_CONVERSATIONS);
+  #put(conversation) {
+    this.all = [...this.all.filter((one) => one.id !== conversation.id), conversation];
+    while (this.all.length > MAX_CONVERSATIONS) this.remove(this.#oldest(conversation).id);
+    const text = JSON.stringify(conversation);
+    if (text.length > MAX_CHARS) return false;
     for (;;) {
       try {
-        localStorage.setItem(CONVERSATIONS, JSON.stringify(this.all));
-        return;
+        localStorage.setItem(CONVERSATION + conversation.id, text);
+        return true;
       } catch {
-        if (this.all.length < 2) return; // no storage at all: the page still works
-        this.all.pop(); // storage is full: the oldest goes
+        const oldest = this.#oldest(conversation);
+        if (!oldest || read(CONVERSATION + oldest.id, null) === null) return false; // no storage at all
+        this.remove(oldest.id); // storage is full
       }
     }
+  }
+
+  #oldest(butFor) {
+    return this.list().findLast((one) => one.id !== butFor.id);
   }
 }
 
@@ -107,6 +135,10 @@ export const textOf = (message) =>
 
 export const plainText = (parts) =>
   parts.filter((part) => part.type === "text").map((part) => part.text).join("");
+
+// What a screen reader says of an answer.
+export const spokenText = (parts) =>
+  parts.map((part) => (part.type === "python_output" ? ` = ${part.text} ` : part.text)).join("");
 
 function searchText(conversation) {
   return [conversation.title, ...conversation.messages.map(textOf)].join("\n").toLowerCase();
