@@ -169,7 +169,7 @@ EXHAUSTING = {
     "descriptors": ("import os\nx = []\nwhile True: x.append(os.pipe())", "Too many open files"),
     "threads": ("import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(60,)).start()", "can't start new thread"),
     "recursion": ("def f(): f()\nf()", "RecursionError"),
-    "deep recursion": ("import sys\nsys.setrecursionlimit(10 ** 9)\ndef f(x): return f([x, f])\nf(0)", "signal 11|MemoryError|timed out|RecursionError"),
+    "deep recursion": ("import sys\nsys.setrecursionlimit(10 ** 9)\ndef f(x): return f([x, f])\nf(0)", "signal 11|Error|timed out"),
     "a null pointer": ("import ctypes\nctypes.string_at(0)", "signal 11"),
     "deep syntax": ("exec('(' * 10 ** 6)", "SyntaxError|MemoryError|RecursionError"),
     "a huge program": ("exec('x = ' + '-' * 10 ** 6 + '1')", "Error|signal 11"),
