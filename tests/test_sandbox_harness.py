@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
     not {"seccomp", "landlock"} <= LAYERS, reason="this kernel offers no seccomp or no Landlock"
 )
 SLACK_S = 0.5  # by which a program may outlive its limit
-LIMIT_S = 0.5
+LIMIT_S = 0.3
 LIBC = "import ctypes, os, sys\nlibc = ctypes.CDLL(None, use_errno=True)\n"
 # Tries each of `attempts`; one that raises or returns -1 has failed.
 TRY = """
