@@ -25,7 +25,7 @@ MAX_DEPTH = 64
 
 _TOKEN = re.compile(
     r"""\s*(?:(?P<number>[0-9]+\.?[0-9]*|\.[0-9]+)
-          |(?P<string>'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")
+          |(?P<string>(?!'{3}|"{3})(?:'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"))  # not Python's long strings
           |(?P<name>[a-z]+)
           |(?P<symbol>//|[-+*/().]))""",
     re.VERBOSE,

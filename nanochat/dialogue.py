@@ -91,6 +91,7 @@ class Dialogue(ABC):
     top_p: float = 1.0
     max_tokens: int = 512
     seed: int | None = None
+    stop: str = ""
     system: str = ""
     raw: bool = False
     messages: list[dict[str, Any]] = field(default_factory=list)

@@ -1,8 +1,9 @@
 """Run untrusted Python in a sandboxed child process.
 
 Layers (the inside is sandbox_harness.py): fresh isolated interpreter, scrubbed environment, private folder,
-resource limits, supervision by the parent, and on Linux user/network/mount namespaces, Landlock, dropped
-capabilities and a seccomp filter, each where the system offers it; the result says which were on.
+resource limits, supervision by the parent, and on Linux user/network/mount namespaces, read-only mounts,
+Landlock, dropped capabilities and a seccomp filter, each where the system offers it; the result says which
+were on.
 
 The verdict "success" comes from inside the child. A program that shares the interpreter with the harness
 can in principle forge it, so adversarial grading needs its checker outside the child.
@@ -18,25 +19,33 @@ import os
 import secrets
 import select
 import selectors
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from nanochat.private_folder import folder_bytes, private_folder
+
 Isolation = Literal["auto", "strict", "basic"]
 
 _HARNESS = Path(__file__).with_name("sandbox_harness.py")
+# What the interpreter runs: the compiled harness and then the order come through the first descriptor.
+_BOOT = """
+import marshal, sys
+control, harness = open(int(sys.argv[1]), "rb"), {"__name__": "sandbox_harness"}
+exec(marshal.load(control), harness)
+harness["main"](control, int(sys.argv[2]))
+"""
 _POLL_S = 0.05
 _GRACE_S = 0.2  # for pipes to drain after the program has ended
 _FLOOD_FACTOR = 16  # more than this many times the output cap ends the program
 _RECORD_BYTES = 65536
+_MAX_THREADS = 64
 
 
 class SandboxUnavailable(RuntimeError):
@@ -97,8 +106,8 @@ def execute_code(
         timeout, maximum_memory_bytes, max_output_bytes, max_file_bytes, max_disk_bytes, max_open_files,
         allow_threads,
     )  # fmt: skip
-    with _private_folder() as folder:
-        return _Run(code, stdin.encode(), limits, isolation, folder).result()
+    with private_folder() as folder:
+        return _Run(code, stdin.encode("utf-8", "replace"), limits, isolation, folder).result()
 
 
 def execute_many(
@@ -109,14 +118,10 @@ def execute_many(
         return list(pool.map(functools.partial(execute_code, **options), codes))  # type: ignore[arg-type]
 
 
-@contextlib.contextmanager
-def _private_folder() -> Iterator[str]:
-    parent = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
-    folder = os.path.realpath(tempfile.mkdtemp(prefix="nanochat-", dir=parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+@functools.cache
+def _harness() -> bytes:
+    """The harness as marshalled code: compiling it in every child would cost more than starting one."""
+    return marshal.dumps(compile(_HARNESS.read_text(encoding="utf-8"), str(_HARNESS), "exec"))
 
 
 @functools.lru_cache
@@ -130,7 +135,7 @@ class _Run:
     def __init__(self, code: str, stdin: bytes, limits: Limits, isolation: Isolation, folder: str):
         self.limits, self.folder = limits, folder
         self.token = secrets.token_hex(16)
-        order = marshal.dumps({
+        order = _harness() + marshal.dumps({
             "token": self.token, "code": code, "isolation": isolation, "directory": folder,
             "timeout": limits.timeout, "memory": limits.memory_bytes, "max_file_bytes": limits.file_bytes,
             "max_disk_bytes": limits.disk_bytes, "max_open_files": limits.open_files,
@@ -138,7 +143,7 @@ class _Run:
         })  # fmt: skip
         self.output = {"stdout": bytearray(), "stderr": bytearray(), "record": bytearray()}
         self.seen = dict.fromkeys(self.output, 0)
-        self.ended_by = ""  # why the parent killed it: timeout, output, disk
+        self.ended_by = ""  # why the parent killed it: timeout, output, disk, threads
         self.status: int | None = None
         self.peak_bytes = 0
         self.started = time.monotonic()
@@ -151,7 +156,7 @@ class _Run:
             "PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1",
             "HOME": self.folder, "TMPDIR": self.folder,
         }  # fmt: skip
-        command = [sys.executable, "-I", "-S", "-B", str(_HARNESS), str(control_read), str(record_write)]
+        command = [sys.executable, "-I", "-S", "-B", "-c", _BOOT, str(control_read), str(record_write)]
         try:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
@@ -248,7 +253,9 @@ class _Run:
         with contextlib.suppress(OSError, ValueError, IndexError):  # gone, or not Linux
             status = Path(f"/proc/{self.process.pid}/status").read_text()
             self.peak_bytes = max(self.peak_bytes, int(status.split("VmHWM:")[1].split()[0]) * 1024)
-        if _folder_bytes(self.folder) > self.limits.disk_bytes:
+            if int(status.split("Threads:")[1].split()[0]) > _MAX_THREADS:
+                self.ended_by = "threads"
+        if folder_bytes(self.folder, self.limits.disk_bytes) > self.limits.disk_bytes:
             self.ended_by = "disk"
 
     def _exited(self) -> bool:
@@ -318,6 +325,7 @@ class _Run:
             "timeout": "Execution timed out",
             "output": f"Output limit exceeded: {self.limits.output_bytes * _FLOOD_FACTOR} bytes",
             "disk": f"Disk limit exceeded: {self.limits.disk_bytes} bytes",
+            "threads": f"Thread limit exceeded: {_MAX_THREADS}",
         }
         if self.ended_by:
             return limit[self.ended_by]
@@ -327,15 +335,6 @@ class _Run:
             last = self.output["stderr"].decode("utf-8", "replace").strip().splitlines()
             return f"The sandbox did not start: {last[-1] if last else 'no message'}"
         return f"Killed by signal {-code}" if code < 0 else f"Exited with status {code} before completion"
-
-
-def _folder_bytes(folder: str) -> int:
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(parent, name)).st_blocks * 512
-    return total
 
 
 def _own_peak_bytes() -> int:

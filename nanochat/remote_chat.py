@@ -85,6 +85,7 @@ class RemoteChat(Dialogue):
             "seed": self._next_seed(),
             "events": "full",
             **({"system": self.system} if self.system else {}),
+            **({"stop": self.stop} if self.stop else {}),
         }
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> requests.Response:

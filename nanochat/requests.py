@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nanochat.prefix_store import block_names
 from nanochat.row_cache import BLOCK
 from nanochat.sampling import SamplingParams
+from nanochat.serve.parts import PartsDecoder
 from nanochat.tokenizer_base import Tokenizer
 
 Tool = Callable[[str], "str | None"]
+
+
+@dataclass(frozen=True)
+class SlowTool:
+    """A tool that works in a thread while other rows go on; it should end by itself, as the sandbox does."""
+
+    call: Tool
+
+    def __call__(self, expression: str) -> str | None:
+        return self.call(expression)
 
 
 @dataclass(eq=False, slots=True)
@@ -37,6 +51,8 @@ class Request:
     forced: deque[int] = field(default_factory=deque)
     in_call: bool = False
     call: list[int] = field(default_factory=list)
+    pending: Future[str | None] | None = None  # the answer of a tool that is at work
+    text: PartsDecoder | None = None  # only where stop strings are to be found
     _names: list[bytes] = field(default_factory=list)
 
     @property
@@ -94,16 +110,31 @@ class ToolBox:
             token = None
         return -1 if token is None else token  # a vocabulary without tools never emits -1
 
-    def answer(self, call: Sequence[int]) -> list[int]:
-        """Tokens to force after a call; none if the tool has no answer."""
+    @functools.cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="tool")
+
+    def start(self, call: Sequence[int]) -> Future[str | None] | None:
+        """The answer of the tool to a call, done already unless the tool is slow; None without tool or call."""
         tool = self.tools.get("python")
         if tool is None or not call:
-            return []
+            return None
+        expression = self.tokenizer.decode(call)
+        if isinstance(tool, SlowTool):
+            return self._threads.submit(tool, expression)
+        answer: Future[str | None] = Future()
         try:
-            text = tool(self.tokenizer.decode(call))
-        except Exception:  # a tool is foreign code, and must not end the other rows
+            answer.set_result(tool(expression))
+        except Exception as error:  # a tool is foreign code, and must not end the other rows
+            answer.set_exception(error)
+        return answer
+
+    def forced(self, answer: Future[str | None]) -> list[int]:
+        """Tokens to force upon a row whose tool is done; none if it had no answer."""
+        if answer.exception() is not None:
             self.outcomes["error"] += 1
             return []
+        text = answer.result()
         self.outcomes["ok" if text is not None else "rejected"] += 1
         if text is None:
             return []

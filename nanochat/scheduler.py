@@ -6,7 +6,8 @@ waits long for a newcomer. Memory is bounded: when the rows outgrow it, the youn
 goes back to the front of the line, with all its tokens; it reads them again later. What was read stays in the
 prefix store as long as there is room, so that equal beginnings are read once. Equal prompts that wait
 together are read once as a whole, and the row is copied.
-A row can call a tool; what the tool answers is forced upon it, token by token, with mask 0.
+A row can call a tool; what the tool answers is forced upon it, token by token, with mask 0. While a slow tool
+works, its row stands still behind the others.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 from itertools import islice
 
 import numpy as np
@@ -25,11 +27,13 @@ from nanochat.prefix_store import PrefixStore, weights_version
 from nanochat.requests import Event, Request, ToolBox
 from nanochat.row_cache import BLOCK, CachedModel, RowCache
 from nanochat.sampling import SamplingBatch, SamplingParams, sample, stream_key, top_logprobs, uniforms
+from nanochat.serve.parts import PartsDecoder
 
 PREFILL_TOKENS = 4096  # padded prompt tokens per step while no row is ready
 # Widest chunk, and padded prompt tokens per step while rows are ready: what a stream waits for a newcomer.
 CHUNK_TOKENS, CPU_CHUNK_TOKENS = 512, 128
 LOOK_AHEAD = 256  # waiting requests that are considered in one step
+TOOL_WAIT_S = 0.05  # how long a step may wait for tools when there is nothing else to do
 
 
 def default_cache_bytes(device: torch.device) -> int:
@@ -67,6 +71,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # the i-th has row i
         self.num_preemptions = 0
+        self._calling: list[Request] = []  # whose tools are at work
         self._roomless: list[Request] = []  # those that may not generate anything
         self._num_submitted = 0
         self._sampled: list[Request] = []  # whose settings are in _sampling
@@ -82,7 +87,9 @@ class Scheduler:
         prompt = tuple(tokens)
         limit = self._limit(prompt, params)
         self._num_submitted += 1
-        request = Request(prompt, params, limit, stream_key(params.seed, stream), self._num_submitted)
+        text = PartsDecoder(self.toolbox.tokenizer, params.stop) if params.stop else None
+        key = stream_key(params.seed, stream)
+        request = Request(prompt, params, limit, key, self._num_submitted, text=text)
         (self.waiting if limit else self._roomless).append(request)
         return request
 
@@ -112,6 +119,9 @@ class Scheduler:
         if request.finish_reason is not None:
             return
         request.finish_reason = "cancelled"
+        if request.pending is not None:
+            request.pending.cancel()
+            request.pending = None
         if request in self.running:
             self._drop_finished()
         elif request in self.waiting:
@@ -121,17 +131,18 @@ class Scheduler:
     def step(self) -> list[Event]:
         """Add one token to every ready request and a chunk to others, after letting waiting ones in.
 
-        Events in row order; none if only chunks of long prompts were read.
+        Events in row order; none if only chunks of long prompts were read or only tools are at work.
         """
         events = self._refuse_roomless()
+        self._take_answers()
         self._make_room()
         self._admit()
-        num_ready = self._arrange()
+        num_ready, num_active = self._arrange()
         parts, ready = [], self.running[:num_ready]
         if ready:
             parts.append(self._forward(0, num_ready, 1))
-        if num_ready < len(self.running):
-            logits, finished = self._prefill(num_ready)
+        if num_ready < num_active:
+            logits, finished = self._prefill(num_ready, num_active)
             parts.append(logits)
             ready = ready + finished
         if ready:
@@ -139,6 +150,8 @@ class Scheduler:
             ids = self._sample(ready, logits)
             rows = zip(ready, ids, logits, strict=True)
             events += [self._extend(request, token, scores) for request, token, scores in rows]
+        elif not events and num_active == 0:
+            self._wait_for_tools()
         self._drop_finished()
         return events
 
@@ -183,6 +196,8 @@ class Scheduler:
             if len(self.running) >= self.max_batch:
                 return
             tokens = request.num_tokens
+            if request.pending is not None:
+                continue
             names = request.block_names((tokens - 1) // BLOCK)
             known = self.prefixes.match(names)
             if tuple(request.span(0, tokens)) in whole or (
@@ -231,23 +246,51 @@ class Scheduler:
         if done:
             self.cache.shrink()
 
+    # --- tools ---------------------------------------------------------------------------------------
+
+    def _take_answers(self) -> None:
+        """Let the rows go on whose tools are done."""
+        for request in self._calling:
+            if request.pending is not None and request.pending.done():
+                self._take_answer(request)
+        self._calling = [request for request in self._calling if request.pending is not None]
+
+    def _take_answer(self, request: Request) -> None:
+        assert request.pending is not None
+        request.forced.extend(self.toolbox.forced(request.pending))
+        request.pending = None
+
+    def _wait_for_tools(self) -> None:
+        wait([r.pending for r in self._calling if r.pending is not None], TOOL_WAIT_S, FIRST_COMPLETED)
+
     # --- forward -------------------------------------------------------------------------------------
 
     def _missing(self, row: int) -> int:
         """Tokens of a row that are not in the cache."""
         return self.running[row].num_tokens - self.cache.positions[row]
 
-    def _arrange(self) -> int:
-        """Move the ready rows, those that miss one token, to the front; their number."""
-        front, back = 0, len(self.running) - 1
+    def _arrange(self) -> tuple[int, int]:
+        """Move the ready rows, which miss one token, to the front and those that wait for a tool to the end.
+
+        The number of ready rows, and of those that do not wait.
+        """
+        num_active = len(self.running)
+        if self._calling:
+            num_active = self._partition([request.pending is None for request in self.running])
+        return self._partition([self._missing(row) == 1 for row in range(num_active)]), num_active
+
+    def _partition(self, wanted: list[bool]) -> int:
+        """Move the wanted ones among the first rows before the others; their number."""
+        front, back = 0, len(wanted) - 1
         while front <= back:
-            if self._missing(front) == 1:
+            if wanted[front]:
                 front += 1
-            elif self._missing(back) > 1:
+            elif not wanted[back]:
                 back -= 1
             else:
                 self.cache.swap_rows(front, back)
                 self.running[front], self.running[back] = self.running[back], self.running[front]
+                wanted[front], wanted[back] = wanted[back], wanted[front]
         return front
 
     def _forward(self, first: int, last: int, width: int) -> torch.Tensor:
@@ -276,9 +319,9 @@ class Scheduler:
             if names[index] not in self.prefixes:
                 self.prefixes.add(names[index], self.cache.block(row, index), room)
 
-    def _prefill(self, first: int) -> tuple[torch.Tensor, list[Request]]:
-        """Read a chunk of the rows from first on; the requests that have been read whole, and their logits."""
-        last, width = self._chunk_rows(first)
+    def _prefill(self, first: int, end: int) -> tuple[torch.Tensor, list[Request]]:
+        """Read a chunk of rows from first on; the requests that have been read whole, and their logits."""
+        last, width = self._chunk_rows(first, end)
         logits = self._forward(first, last, width)
         finished = [row for row in range(first, last) if self._missing(row) == 0]
         sources = [row - first for row in finished]
@@ -291,12 +334,12 @@ class Scheduler:
                 sources.append(row - first)
         return logits[sources], requests
 
-    def _chunk_rows(self, first: int) -> tuple[int, int]:
+    def _chunk_rows(self, first: int, end: int) -> tuple[int, int]:
         """(last row, width) of the next chunk: as many rows as token budget and reserved slots allow."""
         budget = self.chunk_tokens if first else PREFILL_TOKENS
         slots = min(self.cache.num_slots, ROTARY_FACTOR * self.model.config.sequence_len)
         width, start, row = 0, 0, first
-        for row in range(first, len(self.running)):
+        for row in range(first, end):
             wider = max(width, min(self._missing(row), self.chunk_tokens))
             farthest = max(start, self.cache.positions[row])
             if row > first and (wider * (row - first + 1) > budget or farthest + wider > slots):
@@ -309,7 +352,11 @@ class Scheduler:
         free = self.max_batch - len(self.running)
         tokens = request.span(0, request.num_tokens)
         line = islice(self.waiting, LOOK_AHEAD if free else 0)
-        same = (r for r in line if r.num_tokens == len(tokens) and r.span(0, len(tokens)) == tokens)
+        same = (
+            r
+            for r in line
+            if r.num_tokens == len(tokens) and r.span(0, len(tokens)) == tokens and not r.pending
+        )
         twins = list(islice(same, free))
         while twins and not self._reserve(len(self.running) + len(twins), self._longest()):
             twins.pop()
@@ -339,6 +386,8 @@ class Scheduler:
         request.masks.append(int(is_sampled))
         if token in tools.terminals or token in request.params.stop_tokens:
             request.finish_reason, request.ended_by_token = "stop", True
+        elif request.text is not None and _hits_stop_string(request.text, token):
+            request.finish_reason = "stop"
         elif len(request.tokens) >= request.limit:
             request.finish_reason = "length"
         else:
@@ -355,6 +404,15 @@ class Scheduler:
         elif request.in_call and token == tools.call_end:
             request.in_call = False
             request.tool_calls += 1
-            request.forced.extend(tools.answer(request.call))
+            request.pending = tools.start(request.call)
+            if request.pending is not None and request.pending.done():
+                self._take_answer(request)
+            elif request.pending is not None:
+                self._calling.append(request)
         elif request.in_call:
             request.call.append(token)
+
+
+def _hits_stop_string(text: PartsDecoder, token: int) -> bool:
+    text.push(token)
+    return text.stopped

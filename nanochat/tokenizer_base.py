@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import codecs
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import overload
 
 from nanochat import conversation as conversations
@@ -39,6 +39,9 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_special(self, text: str) -> int | None: ...
+
+    @abstractmethod
+    def get_special_tokens(self) -> Collection[str]: ...
 
     @abstractmethod
     def get_bos_token_id(self) -> int: ...

@@ -53,6 +53,10 @@ class Config:
     seed: int | None = option(None, "makes answers repeatable; default: random")
     system: str = option("", "instructions put before the first message")
     color: bool = option(True, "tool calls in grey, on a terminal")
+    stop: str = option("", "end the answer before this text")
+    python_tool: str = option(
+        "calculator", "what <|python_start|> calls", choices=("calculator", "sandbox", "off")
+    )
     raw: bool = option(False, "show special tokens as text")
     json: bool = option(False, "with a prompt: one JSON object instead of text")
     stats: bool = option(False, "speed and context use after each answer, on stderr")
@@ -299,6 +303,7 @@ def _connect(cfg: Config) -> Dialogue:
         "step": cfg.step,
         "device_type": cfg.device_type,
         "raw": cfg.raw,
+        "python_tool": cfg.python_tool != "calculator",
     }
     for name, value in given.items():
         if value:
@@ -310,7 +315,7 @@ def _connect(cfg: Config) -> Dialogue:
 
 
 def _settings(cfg: Config) -> dict[str, Any]:
-    names = ("temperature", "top_k", "top_p", "max_tokens", "seed", "system", "raw")
+    names = ("temperature", "top_k", "top_p", "max_tokens", "seed", "stop", "system", "raw")
     return {name: getattr(cfg, name) for name in names}
 
 
@@ -318,13 +323,14 @@ def _load(cfg: Config) -> Dialogue:
     from nanochat.chat import Chat
     from nanochat.checkpoint_manager import latest_stage, load_model
     from nanochat.engine import Engine
+    from nanochat.python_tool import tools_of
 
     source = cfg.source or latest_stage()
     device = check_device(cfg.device_type or autodetect_device_type())
     model, tokenizer, meta = load_model(source, device, "eval", model_tag=cfg.model_tag, step=cfg.step)
     where = f"{source} {meta.get('model_tag', '')} step {meta.get('step', '?')}"
     print(f"model: {' '.join(where.split())} on {device}", file=sys.stderr)
-    return Chat(Engine(model, tokenizer), tokenizer, **_settings(cfg))
+    return Chat(Engine(model, tokenizer, tools_of(cfg.python_tool)), tokenizer, **_settings(cfg))
 
 
 def main(cfg: Config) -> None:

@@ -51,7 +51,9 @@ class Config:
     )
     session_ttl: float = option(3600.0, "seconds after which an idle session is forgotten")
     max_sessions: int = option(1000, "sessions kept at most")
-    python_tool: str = option("calculator", "what <|python_start|> calls", choices=("calculator", "off"))
+    python_tool: str = option(
+        "calculator", "what <|python_start|> calls", choices=("calculator", "sandbox", "off")
+    )
     root_path: str = option("", "path prefix behind a reverse proxy")
     ssl_certfile: str | None = option(None, "TLS certificate")
     ssl_keyfile: str | None = option(None, "TLS key")
@@ -170,10 +172,10 @@ def loader_of(cfg: Config) -> tuple[Callable[[int], Replica], int]:
     check("--num-gpus", num_workers, 1, max(torch.cuda.device_count(), 1) if device_type == "cuda" else 1)
 
     def load(index: int) -> Replica:
-        from nanochat.calculator import use_calculator
+        from nanochat.python_tool import tools_of
         from nanochat.serve.loading import load_replica
 
-        tools = {"python": use_calculator} if cfg.python_tool == "calculator" else {}
+        tools = tools_of(cfg.python_tool)
         device = check_device(device_type, index)
         return load_replica(cfg.source, device, cfg.model_tag, cfg.step, tools, cfg.max_batch)
 

@@ -115,6 +115,13 @@ def test_bos_ends_an_answer_and_stays_out_of_the_history():
     assert session(chat, "q") == "Assistant: hi\n\n" and chat.messages[1]["content"] == "hi"
 
 
+def test_a_stop_text_ends_an_answer():
+    chat = replying({"q": ["one two three"]})
+    chat.stop = "two"
+    assert session(chat, "q") == "Assistant: one \n\n"
+    assert chat.messages[1]["content"] == "one "
+
+
 def test_raw_shows_special_tokens_without_keeping_them_as_text():
     chat = replying({"q": ["hi"]})
     chat.raw = True

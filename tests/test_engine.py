@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import weakref
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from nanochat.engine import ContextOverflow, Engine, SamplingParams
 from nanochat.scheduler import Scheduler
+from nanochat.serve.parts import answer_text
 from tests.toy_model import VOCAB_SIZE, ByteTokenizer, ScriptedModel, random_model, scripted
 
 torch.set_num_threads(1)
@@ -254,6 +256,21 @@ def test_stop_tokens_and_length():
     assert engine.generate_batch(ids("q"), temperature=0, stop_tokens=stop)[0] == [ids("qhi th")]
     cut = engine.complete_many([ids("q")], SamplingParams(temperature=0, max_tokens=2))[0]
     assert (cut.finish_reason, cut.ended_by_token, cut.content) == ("length", False, ids("hi"))
+
+
+def test_stop_strings():
+    call = ["<|python_start|>", "'e'.count('e')", "<|python_end|>", "...", "then"]
+    engine = Engine(scripted({"q": ["hi there, you"], "t": call}), TOKENIZER)
+    params = SamplingParams(temperature=0, stop=("re,", "xx"))
+    completion = engine.complete_many([ids("q")], params)[0]
+    assert (completion.finish_reason, completion.ended_by_token) == ("stop", False)
+    assert completion.content == ids("hi there,")
+    assert answer_text(TOKENIZER, completion.content, params.stop) == "hi the"
+    assert columns(engine, ids("q"), temperature=0, stop=("re,",))[0] == ids("hi there,")
+    in_call = engine.complete_many([ids("t")], replace(params, stop=("e",)))[0]
+    assert answer_text(TOKENIZER, in_call.content, ("e",)) == "th" and in_call.tool_calls == 1
+    unmet = engine.complete_many([ids("q")], replace(params, stop=("zz",)))[0]
+    assert unmet.ended_by_token and unmet.content == ids("hi there, you")
 
 
 def test_finished_samples_are_padded_in_columns():

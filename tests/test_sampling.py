@@ -32,7 +32,7 @@ def frequencies(logits: torch.Tensor, params: SamplingParams, count: int = 20_00
     "wrong",
     [
         {"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"max_tokens": -1},
-        {"top_p": 0.0}, {"top_p": 1.5}, {"min_p": -0.1}, {"repetition_penalty": 0.0}, {"logprobs": -1},
+        {"top_p": 0.0}, {"top_p": 1.5}, {"min_p": -0.1}, {"repetition_penalty": 0.0}, {"logprobs": -1}, {"stop": ("a", "")}, {"stop": "ab"},
     ],
 )  # fmt: skip
 def test_meaningless_settings_are_refused(wrong):

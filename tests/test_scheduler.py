@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -12,10 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanochat import flash_attention
+from nanochat.calculator import use_calculator
 from nanochat.engine import Completion, ContextOverflow, Engine, SamplingParams
 from nanochat.gpt import GPT
+from nanochat.requests import SlowTool
 from nanochat.row_cache import BLOCK
-from nanochat.scheduler import Scheduler
+from nanochat.scheduler import TOOL_WAIT_S, Scheduler
 from tests.toy_model import ByteTokenizer, ScriptedModel, random_model, scripted
 
 torch.set_num_threads(1)
@@ -24,11 +29,19 @@ GREEDY = SamplingParams(temperature=0)
 LENGTHS = [1, 2, 7, 31, 32, 33, 64, 65, 100, 150]  # around blocks, chunks and windows
 
 
+# Four heads; as many, two or one of keys and values; windows or none.
+SHAPES = {
+    "classic": {}, "modern": {}, "classic, one key head, windows": dict(n_kv_head=1, window_pattern="SL"),
+    "modern, four key heads": dict(n_kv_head=4), "modern, one key head, no window": dict(n_kv_head=1, window_pattern="L"),
+}  # fmt: skip
+
+
 @cache
-def small_model(architecture: str) -> GPT:
+def small_model(shape: str) -> GPT:
     """Two of three layers of the modern one see 8 tokens back, so that their rings have 64 slots of 192."""
     windows = dict(short_window_divisor=24, short_window_multiple=8)
-    return random_model(architecture, sequence_len=192, n_layer=3, n_embd=32, **windows)
+    sizes = dict(sequence_len=192, n_layer=3, n_embd=32, **windows) | SHAPES[shape]
+    return random_model(shape.partition(",")[0], **sizes)
 
 
 def engine_for(model: GPT | ScriptedModel, rows: float = 1e6, **options) -> Engine:
@@ -65,9 +78,12 @@ def check_against_full_forward(model: GPT, prompt: Sequence[int], tokens: list[i
 # --- exactness ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ["classic", "modern"])
-def test_every_way_gives_the_tokens_of_the_full_forward(architecture):
-    model, rng = small_model(architecture), random.Random(0)
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param(shape, marks=pytest.mark.slow) if i > 2 else shape for i, shape in enumerate(SHAPES)],
+)
+def test_every_way_gives_the_tokens_of_the_full_forward(shape):
+    model, rng = small_model(shape), random.Random(0)
     prompts = [rng.choices(range(256), k=length) for length in LENGTHS]
     each = [SamplingParams(temperature=0, max_tokens=rng.randrange(8, 40), logprobs=0) for _ in prompts]
     alone = [run(engine_for(model), [p], [e])[0] for p, e in zip(prompts, each, strict=True)]
@@ -100,15 +116,27 @@ def test_seeded_samples_survive_preemption_and_company():
         assert engine_for(model, rows, chunk_tokens=16).complete_many(prompts, each) == alone
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_other_attention_of_a_processor_agrees(shape, monkeypatch):
+    """The full forward writes its products out; for long texts it takes torch's kernel, as decoding does."""
+    model, rng = small_model(shape), random.Random(1)
+    prompt = rng.choices(range(256), k=100)
+    params = SamplingParams(temperature=0, max_tokens=20, logprobs=0)
+    ((tokens, scores),) = run(engine_for(model), [prompt], [params])
+    monkeypatch.setattr(flash_attention, "CPU_MATERIALISE_UP_TO", 0)
+    check_against_full_forward(model, prompt, tokens, scores)
+
+
 @settings(max_examples=3, derandomize=True, deadline=None)
 @given(
+    shape=st.sampled_from(list(SHAPES)),
     choices=st.lists(st.integers(0, 2**20), min_size=520, max_size=520),
     rows=st.sampled_from([1.4, 2.5, 4]),
     max_batch=st.sampled_from([2, 7]),
 )
-def test_random_schedules(choices, rows, max_batch):
+def test_random_schedules(shape, choices, rows, max_batch):
     """520 events: submits (often of known beginnings), cancels, steps, and preemptions as memory demands."""
-    model = small_model("modern")
+    model = small_model(shape)
     engine = engine_for(model, rows, chunk_tokens=16, max_batch=max_batch)
     roots = [random.Random(i).choices(range(256), k=100) for i in range(3)]
     live: dict = {}
@@ -175,6 +203,44 @@ def test_a_preempted_tool_call_is_continued():
     assert tight._shared.num_preemptions > 0 and [c.tool_calls for c in expected] == [1, 1, 1]
     for request, completion in zip(requests, expected, strict=True):
         assert (request.tokens, request.masks) == (completion.tokens, completion.masks)
+
+
+def test_a_slow_tool_keeps_only_its_own_row_waiting():
+    answers = {"a": ["<|python_start|>", "2*3", "<|python_end|>", "....."], "b": ["y" * 40]}
+    prompts = [TOKENIZER.encode(key) for key in answers]
+    expected = Engine(scripted(answers), TOKENIZER).complete_many(prompts, GREEDY)
+    done = threading.Event()
+    tool = SlowTool(lambda text: use_calculator(text) if done.wait(60) else None)
+    model = scripted(answers)
+    engine = Engine(model, TOKENIZER, {"python": tool})
+    calling, talking, given_up = (engine.submit(prompt, GREEDY) for prompt in (*prompts, prompts[0]))
+    while not talking.finish_reason:
+        engine.step()
+    assert [len(r.tokens) for r in (calling, given_up)] == [5, 5] and calling.finish_reason is None
+    model.calls.clear()
+    begun = time.monotonic()
+    assert engine.step() == [] and not model.calls, "a row that waits costs nothing"
+    assert time.monotonic() - begun >= 0.9 * TOOL_WAIT_S, "and the loop does not spin"
+    engine.cancel(given_up)
+    late = engine.submit(prompts[1], replace(GREEDY, max_tokens=3))
+    while not late.finish_reason:
+        engine.step()
+    done.set()
+    while not engine._shared.is_idle:
+        engine.step()
+    assert [(r.tokens, r.masks) for r in (calling, talking)] == [(c.tokens, c.masks) for c in expected]
+    assert 0 in calling.masks
+
+
+def test_rows_are_preempted_while_their_tools_work():
+    call = ["<|python_start|>", "2*3", "<|python_end|>", "..."]
+    answers = {key: [*(["x"] * n), *call, *["y"] * (90 - n)] for key, n in (("a", 58), ("b", 60), ("c", 62))}
+    prompts = [TOKENIZER.encode(key) for key in answers]
+    expected = Engine(scripted(answers), TOKENIZER).complete_many(prompts, GREEDY)
+    tool = SlowTool(lambda text: time.sleep(0.03) or use_calculator(text))
+    for rows in (1, 1.5, 2.5):
+        tight = engine_for(scripted(answers), rows, tools={"python": tool})
+        assert tight.complete_many(prompts, GREEDY) == expected
 
 
 def test_samples_that_do_not_fit_together_still_come_in_columns():

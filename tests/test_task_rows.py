@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,40 @@ def test_answers_of_200_real_solutions():
 def test_canonical_solutions_of_real_problems_pass():
     task = HumanEval(stop=3)
     assert all(task.evaluate(c, c["messages"][1]["content"]) for c in map(task.__getitem__, range(3)))
+
+
+class Spoil(ast.NodeTransformer):
+    """A program that answers something else: off by one in its first number, or nothing at all."""
+
+    def __init__(self, number: bool) -> None:
+        self.number, self.done = number, False
+
+    def visit_Constant(self, node: ast.Constant) -> ast.Constant:
+        if not self.number or self.done or type(node.value) is not int:
+            return node
+        self.done = True
+        return ast.Constant(node.value + 1)
+
+    def visit_Return(self, node: ast.Return) -> ast.AST:
+        self.generic_visit(node)
+        return node if self.number else ast.Return(ast.Constant(None))
+
+
+def spoiled(program: str, number: bool) -> str:
+    return ast.unparse(ast.fix_missing_locations(Spoil(number).visit(ast.parse(program))))
+
+
+@pytest.mark.slow
+def test_all_canonical_solutions_pass_and_spoiled_ones_fail():
+    task = HumanEval()
+    survivors = tried = 0
+    for conversation in map(task.__getitem__, range(len(task))):
+        solution = conversation["messages"][1]["content"]
+        assert task.evaluate(conversation, solution), conversation["entry_point"]
+        assert not task.evaluate(conversation, spoiled(solution, number=False)), conversation["entry_point"]
+        other = spoiled(solution, number=True)
+        if other != ast.unparse(ast.parse(solution)):
+            tried += 1
+            survivors += task.evaluate(conversation, other)
+    # Some numbers do not matter: a loop that begins one later, a first value that is overwritten.
+    assert tried > 90 and survivors < 0.35 * tried, (survivors, tried)

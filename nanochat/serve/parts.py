@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from nanochat.tokenizer import RustBPETokenizer, StreamingDecoder
+from nanochat.tokenizer_base import StreamingDecoder, Tokenizer
 
 TEXT, CALL, OUTPUT = "text", "python", "python_output"
 
@@ -24,15 +24,17 @@ class PartsDecoder:
 
     Text comes out as soon as its bytes are complete and cannot be the start of a stop string; calls and
     results come out whole. `parts` is the structured answer so far: `{"type", "text"}` dicts that
-    `nanochat.serve.prompt` renders back to the ids they came from. With raw, special tokens are text.
+    `nanochat.serve.prompt` renders back to the ids they came from. With raw, special tokens are shown as text.
+    Stop strings are looked for in text alone, not in calls, results or the names of special tokens, and not
+    across a special token; what is found does not depend on raw.
     """
 
-    tokenizer: RustBPETokenizer
+    tokenizer: Tokenizer
     stop: Sequence[str] = ()
     raw: bool = False
     stopped: bool = False
     parts: list[dict[str, str]] = field(default_factory=list)
-    _special: dict[int, str] = field(init=False)
+    _special: dict[int | None, str] = field(init=False)
     _bytes: StreamingDecoder = field(init=False)
     _kind: str = TEXT
     _block: str = ""
@@ -55,9 +57,8 @@ class PartsDecoder:
         name = self._special.get(token)
         if name is None:
             return self._text(self._bytes.push(token))
-        if self.raw:
-            return self._text(self._bytes.flush() + name)
-        return self._text(self._bytes.flush()) + self._switch(name)
+        deltas = self._text(self._bytes.flush())
+        return deltas if self.stopped else deltas + self._switch(name)
 
     def flush(self) -> list[Delta]:
         """End of the answer: release what was held back and close an open block."""
@@ -66,11 +67,10 @@ class PartsDecoder:
     def _switch(self, name: str) -> list[Delta]:
         opened = {"<|python_start|>": CALL, "<|output_start|>": OUTPUT}.get(name)
         closes = {"<|python_end|>": CALL, "<|output_end|>": OUTPUT}.get(name) == self._kind
-        if opened is None and not closes:
-            return []  # a stray marker says nothing
-        deltas = self._close()
-        self._kind = opened or TEXT
-        return deltas
+        says_nothing = opened is None and not closes
+        deltas = [] if says_nothing and self._kind != TEXT else self._close()
+        self._kind = self._kind if says_nothing else opened or TEXT
+        return deltas + self._emit(TEXT, name) if self.raw else deltas
 
     def _close(self) -> list[Delta]:
         if self._kind == TEXT:
@@ -78,12 +78,12 @@ class PartsDecoder:
             return self._emit(TEXT, held)
         block, self._block = self._block, ""
         kind, self._kind = self._kind, TEXT
-        return self._emit(kind, block)
+        return [] if self.raw else self._emit(kind, block)
 
     def _text(self, text: str) -> list[Delta]:
         if self._kind != TEXT:
             self._block += text
-            return []
+            return self._emit(TEXT, text) if self.raw else []
         self._held += text
         cut = min((at for at in map(self._held.find, self.stop) if at >= 0), default=-1)
         if cut >= 0:
@@ -102,6 +102,15 @@ class PartsDecoder:
         else:
             self.parts.append({"type": kind, "text": text})
         return [Delta(kind, text)]
+
+
+def answer_text(tokenizer: Tokenizer, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
+    """The text of a whole answer without calls and results, up to the first stop string."""
+    decoder = PartsDecoder(tokenizer, stop)
+    for token in tokens:
+        decoder.push(token)
+    decoder.flush()
+    return decoder.response
 
 
 def _overlap(text: str, stop: Sequence[str]) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nanochat.serve.errors import ApiError
 from nanochat.tokenizer import RustBPETokenizer
+
+if TYPE_CHECKING:
+    from nanochat.serve.errors import ApiError
 
 Message = dict[str, Any]
 UNLIMITED = 1 << 40
@@ -58,13 +60,18 @@ def build_prompt(
     tokens = [tokenizer.get_bos_token_id(), *(token for block in blocks for token in block), *tail]
     room = context_length - len(tokens)
     if room < 1:
-        raise ApiError(
-            400,
+        raise _refusal(
             "context_length_exceeded",
             f"the prompt has {len(tokens)} tokens, the context of the model {context_length}",
-            param="messages",
         )
     return Prompt(tokens, min(max_tokens, room), dropped)
+
+
+def _refusal(code: str, message: str) -> ApiError:
+    # Brings FastAPI, for which the start of a chat in the terminal should not wait.
+    from nanochat.serve.errors import ApiError
+
+    return ApiError(400, code, message, param="messages")
 
 
 def _merge_system(messages: Sequence[Message], system: str) -> list[Message]:
@@ -80,9 +87,7 @@ def _merge_system(messages: Sequence[Message], system: str) -> list[Message]:
         else:
             turns.append(message)
     if not turns or len(pending) > (1 if system else 0):
-        raise ApiError(
-            400, "invalid_role", "a system message must be followed by a user message", param="messages"
-        )
+        raise _refusal("invalid_role", "a system message must be followed by a user message")
     return turns
 
 

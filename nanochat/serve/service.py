@@ -7,6 +7,7 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -107,7 +108,7 @@ class Service:
     ) -> Job:
         """Queue one job with a choice per parameter set; raises ApiError 429 or 503."""
         tokenizer = self.replica.tokenizer
-        choices = [new_choice(tokenizer, one, stop, raw) for one in params]
+        choices = [new_choice(tokenizer, replace(one, stop=stop), stop, raw) for one in params]
         job = Job(prompts, choices, self.settings.request_timeout)
         try:
             self.pool.submit(job)
