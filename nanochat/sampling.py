@@ -10,67 +10,15 @@ import math
 import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from nanochat.sampling_params import SamplingParams
+
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How to choose the tokens of one request. Raises ValueError for values without a meaning.
-
-    temperature 0 is greedy. top_k None or 0, top_p 1, min_p 0, penalties 0 (repetition: 1) are off.
-    max_tokens None is up to the context's end. seed None is a fresh one for each request.
-    stop_tokens end the answer besides <|assistant_end|> and <|bos|>; so do the strings of stop, where they are
-    complete in its text (see nanochat.serve.parts). logprobs is how many alternatives to
-    report with each token's natural-log probability under the unmodified model; None reports nothing.
-    extend_context allows going beyond the trained context, up to the rotary table's end.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    max_tokens: int | None = None
-    seed: int | None = None
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    stop_tokens: frozenset[int] = frozenset()
-    stop: Sequence[str] = ()
-    logprobs: int | None = None
-    extend_context: bool = False
-
-    def __post_init__(self) -> None:
-        checks = {
-            f"temperature={self.temperature} must be a number >= 0": 0 <= self.temperature < math.inf,
-            f"max_tokens={self.max_tokens} must be >= 0": self.max_tokens is None or self.max_tokens >= 0,
-            f"top_p={self.top_p} must be in (0, 1]": 0 < self.top_p <= 1,
-            f"min_p={self.min_p} must be in [0, 1]": 0 <= self.min_p <= 1,
-            f"repetition_penalty={self.repetition_penalty} must be > 0": self.repetition_penalty > 0,
-            f"stop={self.stop!r} must be a sequence of strings that are not empty": _are_words(self.stop),
-            f"logprobs={self.logprobs} must be >= 0": self.logprobs is None or self.logprobs >= 0,
-        }
-        wrong = [text for text, holds in checks.items() if not holds]
-        if wrong:
-            raise ValueError("; ".join(wrong))
-        if self.top_k is not None and self.top_k <= 0:
-            object.__setattr__(self, "top_k", None)
-
-    @property
-    def adjusts_logits(self) -> bool:
-        """Whether the logits are changed before candidates are chosen."""
-        penalties = self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
-        return bool(penalties or self.logit_bias)
-
-
-def _are_words(stop: Sequence[str]) -> bool:
-    return not isinstance(stop, str) and all(isinstance(word, str) and word for word in stop)
 
 
 # --- randomness --------------------------------------------------------------------------------------

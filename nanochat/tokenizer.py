@@ -121,6 +121,13 @@ class RustBPETokenizer(Tokenizer):
         self._vocab_size = 1 + max(*vocabulary.ranks.values(), *vocabulary.special_tokens.values())
         self._tiktoken: tiktoken.Encoding | None = None
 
+    def __reduce__(self) -> tuple:
+        """Pickled as its vocabulary: the crate's encoder is built again."""
+        bos_token = next(
+            name for name, number in self.vocabulary.special_tokens.items() if number == self._bos_token_id
+        )
+        return RustBPETokenizer, (self.vocabulary, bos_token)
+
     @classmethod
     def train_from_iterator(cls, text_iterator: Iterable[str], vocab_size: int) -> RustBPETokenizer:
         """Learn a vocabulary of vocab_size tokens, the special ones included, from texts.

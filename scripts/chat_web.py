@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
+import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanochat.common import UserError
 from nanochat.configurator import option, run
 
 if TYPE_CHECKING:
+    from nanochat.serve.launcher import Launcher
     from nanochat.serve.pool import WorkerPool
-    from nanochat.serve.settings import Replica, Settings
+    from nanochat.serve.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Config:
     top_p: float = option(1.0, "default top-p")
     max_tokens: int = option(512, "default number of new tokens", short="m")
     system_prompt: str = option("", "system text of conversations that bring none")
+    system_prompt_file: str = option("", "a file with that text")
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "TCP port", short="p")
     device_type: str = option("", "cuda, cpu or mps; empty detects")
@@ -54,6 +58,7 @@ class Config:
     python_tool: str = option(
         "calculator", "what <|python_start|> calls", choices=("calculator", "sandbox", "off")
     )
+    reload_model_on_sighup: bool = option(False, "on SIGHUP, load the model anew: a newer checkpoint, or tag")
     root_path: str = option("", "path prefix behind a reverse proxy")
     ssl_certfile: str | None = option(None, "TLS certificate")
     ssl_keyfile: str | None = option(None, "TLS key")
@@ -70,6 +75,7 @@ def main(cfg: Config) -> None:
     listener = listen(cfg.host, cfg.port)
     if cfg.dtype:
         os.environ["NANOCHAT_DTYPE"] = cfg.dtype
+    launcher = start_models(cfg)  # they load while the server itself is still importing
     import uvicorn
 
     from nanochat.serve.app import create_app
@@ -77,7 +83,6 @@ def main(cfg: Config) -> None:
     from nanochat.serve.pool import WorkerPool
 
     warn_if_exposed(cfg, settings)
-    load, num_workers = loader_of(cfg)
     announced: list[bool] = []
 
     def on_change(pool: WorkerPool) -> None:
@@ -86,7 +91,7 @@ def main(cfg: Config) -> None:
             announced.append(True)
             announce(cfg, pool, listener.getsockname()[1])
 
-    pool = WorkerPool(load, num_workers, settings, on_change)
+    pool = WorkerPool(launcher, settings, on_change)
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(settings, pool), log_level="warning", root_path=cfg.root_path, ws_max_size=1 << 16,
@@ -97,7 +102,7 @@ def main(cfg: Config) -> None:
     start_logging(cfg.log_format)
     server.run(sockets=[listener])
     if pool.failed:
-        error = pool.workers[0].error
+        error = pool.error
         raise error if isinstance(error, UserError) else UserError(f"the model could not be served: {error}")
 
 
@@ -134,7 +139,8 @@ def settings_of(cfg: Config) -> Settings:
         served_model_names=names(cfg.served_model_name),
         api_keys=names(cfg.api_key or os.environ.get("NANOCHAT_API_KEYS", "")),
         cors_origins=names(cfg.cors_origin),
-        system_prompt=cfg.system_prompt,
+        system_prompt=system_prompt(cfg),
+        reload_on_sighup=cfg.reload_model_on_sighup,
         context_policy=cfg.context_policy,
         rate_limit=Rate.parse(cfg.rate_limit),
         max_queue=cfg.max_queue,
@@ -149,6 +155,18 @@ def settings_of(cfg: Config) -> Settings:
     )
 
 
+def system_prompt(cfg: Config) -> str:
+    """The default system text, from the flag or the file; UserError if it cannot be read."""
+    if not cfg.system_prompt_file:
+        return cfg.system_prompt
+    if cfg.system_prompt:
+        raise UserError("--system-prompt and --system-prompt-file exclude each other")
+    try:
+        return Path(cfg.system_prompt_file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--system-prompt-file={cfg.system_prompt_file} cannot be read: {error}") from None
+
+
 def names(text: str) -> tuple[str, ...]:
     """The entries of a comma-separated list."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
@@ -160,26 +178,25 @@ def check(flag: str, value: float, low: float, high: float) -> None:
         raise UserError(f"{flag}={value} is out of range; use {low} to {high}")
 
 
-def loader_of(cfg: Config) -> tuple[Callable[[int], Replica], int]:
-    """What loads the replica of a worker, and how many workers there are."""
-    import torch
+def start_models(cfg: Config) -> Launcher:
+    """Start a process for each replica."""
+    from nanochat.serve.launcher import Launcher
+    from nanochat.serve.loading import load_replica
 
-    from nanochat.common import autodetect_device_type, check_device
+    count = cfg.num_gpus or count_gpus()
+    check("--num-gpus", count, 1, 1024)
+    load = functools.partial(
+        load_replica, source=cfg.source, device_type=cfg.device_type, model_tag=cfg.model_tag, step=cfg.step,
+        python_tool=cfg.python_tool, max_batch=cfg.max_batch,
+    )  # fmt: skip
+    return Launcher(load, count)
 
-    device_type = cfg.device_type or autodetect_device_type()
-    check_device(device_type)
-    num_workers = cfg.num_gpus or (torch.cuda.device_count() if device_type == "cuda" else 1)
-    check("--num-gpus", num_workers, 1, max(torch.cuda.device_count(), 1) if device_type == "cuda" else 1)
 
-    def load(index: int) -> Replica:
-        from nanochat.python_tool import tools_of
-        from nanochat.serve.loading import load_replica
-
-        tools = tools_of(cfg.python_tool)
-        device = check_device(device_type, index)
-        return load_replica(cfg.source, device, cfg.model_tag, cfg.step, tools, cfg.max_batch)
-
-    return load, num_workers
+def count_gpus() -> int:
+    """How many GPUs torch sees, at least 1. Asks another process: this one does without torch."""
+    code = "import torch; print(torch.cuda.device_count())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return max(1, int(found))
 
 
 def announce(cfg: Config, pool: WorkerPool, port: int) -> None:

@@ -1,16 +1,21 @@
 """What the tests of the server share: a model that answers by script, and a real server over it.
 
-The script is only the network: tokenizer, engine, KV cache, worker threads, HTTP and browser are real.
+The script is only the network: tokenizer, engine, KV cache, the model's process, HTTP and browser are real.
+That process is forked here, where the program starts a fresh interpreter: it has torch at once.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
 import httpx
@@ -20,6 +25,7 @@ import uvicorn
 from nanochat.engine import Engine
 from nanochat.kv_cache import KVCache
 from nanochat.serve.app import create_app
+from nanochat.serve.launcher import Launcher, ModelProcess
 from nanochat.serve.pool import WorkerPool
 from nanochat.serve.settings import Defaults, ModelInfo, Replica, Settings
 from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer, Vocabulary
@@ -50,6 +56,23 @@ def encode_marked(tokenizer: RustBPETokenizer, text: str) -> list[int]:
     return ids
 
 
+class Controls:
+    """What a test sets and reads while the model works in its own process: memory that both share.
+
+    pause_s: seconds that each step sleeps. steps: how many there were. fail_next: the next one raises.
+    """
+
+    def __init__(self) -> None:
+        self._values = multiprocessing.get_context("fork").RawArray("d", 3)
+
+    pause_s = property(lambda self: self._values[0], lambda self, value: self._set(0, value))
+    steps = property(lambda self: int(self._values[1]), lambda self, value: self._set(1, value))
+    fail_next = property(lambda self: bool(self._values[2]), lambda self, value: self._set(2, value))
+
+    def _set(self, index: int, value: float) -> None:
+        self._values[index] = value
+
+
 class ScriptedModel(torch.nn.Module):
     """A network whose next token follows a script; it reads the conversation from its own KV cache.
 
@@ -60,8 +83,7 @@ class ScriptedModel(torch.nn.Module):
 
     def __init__(self, tokenizer: RustBPETokenizer, script: Script, context: int = CONTEXT) -> None:
         super().__init__()
-        self.tokenizer, self.script, self.pause_s, self.steps = tokenizer, script, 0.0, 0
-        self.fail_next = False
+        self.tokenizer, self.script, self.controls = tokenizer, script, Controls()
         self.answers: dict[tuple[int, ...], list[int]] = {}
         self.config = SimpleNamespace(
             sequence_len=context,
@@ -87,11 +109,11 @@ class ScriptedModel(torch.nn.Module):
     ) -> torch.Tensor:
         """Logits (B, 1, V)."""
         assert last_only
-        if self.fail_next:
-            self.fail_next = False
+        if self.controls.fail_next:
+            self.controls.fail_next = False
             raise RuntimeError("scripted failure")
-        time.sleep(self.pause_s)
-        self.steps += 1
+        time.sleep(self.controls.pause_s)
+        self.controls.steps += 1
         chunk = kv_cache.begin(ids.size(1), lengths)
         keys, _ = kv_cache.insert(0, chunk, ids[:, :, None, None].float(), ids[:, :, None, None].float())
         kv_cache.advance(chunk.lengths)
@@ -138,26 +160,59 @@ def scripted_replica(
     return Replica(Engine(model, tokenizer, max_batch=max_batch), tokenizer, info)  # pyright: ignore
 
 
+class ForkedLauncher(Launcher):
+    """Forks the models' processes, without the connections that a fresh interpreter would not inherit either."""
+
+    def __init__(self, load: Callable[[int], Replica], count: int) -> None:
+        self.inherited: list[int] = []
+        super().__init__(lambda index: self._load_clean(load, index), count, "fork")
+
+    def _launch(self, index: int) -> ModelProcess:
+        self.inherited = [int(name) for name in os.listdir("/dev/fd")]
+        return super()._launch(index)
+
+    def _load_clean(self, load: Callable[[int], Replica], index: int) -> Replica:
+        for number in self.inherited:
+            with suppress(OSError):
+                mode = os.fstat(number).st_mode
+                if number > 2 and (stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode)):
+                    os.close(number)
+        return load(index)
+
+
 class Served:
-    """A running server."""
+    """A running server. model controls the scripted model."""
 
-    def __init__(self, url: str, pool: WorkerPool) -> None:
-        self.url, self.pool = url, pool
-        self.http = httpx.Client(base_url=url, timeout=30)
+    def __init__(self, url: str, pool: WorkerPool, model: Controls) -> None:
+        self.url, self.pool, self.model = url, pool, model
+        self.http = httpx.Client(base_url=url, timeout=120)
 
-    @property
-    def model(self) -> ScriptedModel:
-        return self.pool.replica.engine.model  # pyright: ignore
+    def signal(self, number: signal.Signals, worker: int = 0) -> None:
+        """Send a signal to the process of a worker's model."""
+        process = self.pool.workers[worker]._process
+        assert process is not None and process.process.pid is not None
+        os.kill(process.process.pid, number)
 
 
 @contextmanager
 def served(
-    load: Callable[[int], Replica], settings: Settings | None = None, num_workers: int = 1
+    load: Callable[[int], Replica],
+    settings: Settings | None = None,
+    num_workers: int = 1,
+    pause_s: float = 0.0,
 ) -> Iterator[Served]:
-    """Run the application under uvicorn in a thread, on a free port."""
-    settings = settings or Settings()
-    pool = WorkerPool(load, num_workers, settings)
+    """Run the application under uvicorn in a thread, on a free port, over scripted models that load() makes."""
+    settings, controls = settings or Settings(), Controls()
+    controls.pause_s = pause_s
+
+    def load_controlled(index: int) -> Replica:
+        replica = load(index)
+        replica.engine.model.controls = controls  # pyright: ignore
+        return replica
+
+    pool = WorkerPool(ForkedLauncher(load_controlled, num_workers), settings)
     listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)  # a slow reader shall be felt
     config = uvicorn.Config(
         create_app(settings, pool), log_level="warning", ws_max_size=1 << 16, timeout_graceful_shutdown=1
     )
@@ -165,7 +220,7 @@ def served(
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server_handle = Served(url, pool)
+    server_handle = Served(url, pool, controls)
     try:
         wait_for(lambda: server.started and pool.ready)
         yield server_handle
@@ -177,7 +232,7 @@ def served(
 
 
 def wait_for(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
-    """Wait until a condition holds; fails the test if it does not in time."""
+    """Wait until a condition holds; fails the test if it does not in time (a busy machine takes its time)."""
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "waited in vain"

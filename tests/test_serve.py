@@ -241,6 +241,7 @@ def test_old_exchanges_make_room_and_the_system_text_stays():
         build_prompt(tokenizer, messages, max_tokens=100, context_length=128, policy="error")
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=7), st.booleans())
 def test_prompt_equals_the_renderer_of_training(texts: list[str], with_system: bool):
     tokenizer = byte_tokenizer()
@@ -271,14 +272,21 @@ def test_stop_strings_equal_cutting_the_whole_text(text: str, stop: list[str]):
     assert shown == (text if not cuts else min(zip(ends, cuts, strict=True))[1]) or shown in cuts
 
 
-def test_a_lagging_reader_gets_merged_text():
-    async def scenario() -> tuple[int, str]:
-        job = Job([[1]], [new_choice(byte_tokenizer(), SamplingParams())], 10)
-        job.deliver([Piece(0, Delta("text", str(i % 10))) for i in range(5 * MAILBOX_PIECES)])
-        return len(job._items), "".join(item.delta.text for item in job._items if isinstance(item, Piece))
+@pytest.mark.parametrize("num_choices", [1, 3])
+def test_a_lagging_reader_gets_merged_text(num_choices: int):
+    async def scenario() -> tuple[int, list[str]]:
+        choices = [new_choice(byte_tokenizer(), SamplingParams()) for _ in range(num_choices)]
+        job = Job([[1]], choices, 10)
+        for i in range(5 * MAILBOX_PIECES):
+            job.deliver([Piece(choice, Delta("text", str(i % 10))) for choice in range(num_choices)])
+        texts = [""] * num_choices
+        for item in job._items:
+            assert isinstance(item, Piece)
+            texts[item.choice] += item.delta.text
+        return len(job._items), texts
 
-    count, text = asyncio.run(scenario())
-    assert count == MAILBOX_PIECES and text == "0123456789" * (MAILBOX_PIECES // 2)
+    count, texts = asyncio.run(scenario())
+    assert count == MAILBOX_PIECES and texts == ["0123456789" * (MAILBOX_PIECES // 2)] * num_choices
 
 
 # --- POST /chat and sessions --------------------------------------------------------------------------
@@ -318,6 +326,19 @@ def test_session_lifecycle(server: Served):
     assert server.http.get(path).status_code == 404
 
 
+# --- tokens -------------------------------------------------------------------------------------------
+
+
+def test_text_to_tokens_and_back(server: Served):
+    text = "a\u6f22<|bos|>"
+    encoded = server.http.post("/tokenize", json={"text": text}).json()
+    assert encoded == {"tokens": list(text.encode()), "count": 11}
+    assert server.http.post("/detokenize", json={"tokens": encoded["tokens"]}).json() == {"text": text}
+    assert server.http.post("/detokenize", json={"tokens": [256, 97]}).json() == {"text": "<|bos|>a"}
+    for path, body in (("/tokenize", {"text": "x" * 32_001}), ("/detokenize", {"tokens": [265]})):
+        assert server.http.post(path, json=body).status_code == 400
+
+
 # --- no body breaks the server ------------------------------------------------------------------------
 
 VALUES = st.recursive(
@@ -340,6 +361,10 @@ NAMES = st.sampled_from(
         "system", "title", "params", "session_id", "events", "tools", "index",
     ]
 )  # fmt: skip
+POSTS = [
+    "/chat", "/chat/completions", "/v1/chat/completions", "/v1/completions", "/sessions", "/sessions/x/truncate",
+    "/sessions/x/regenerate", "/tokenize", "/detokenize",
+]  # fmt: skip
 BODIES = st.builds(
     lambda messages, rest: {"messages": messages, "model": "default", "message": "x", **rest},
     MESSAGES | VALUES,
@@ -348,8 +373,24 @@ BODIES = st.builds(
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from(["/chat", "/chat/completions", "/v1/chat/completions", "/sessions"]), BODIES | VALUES)
+@given(st.sampled_from(POSTS), BODIES | VALUES)
 def test_any_body_gets_an_answer(server: Served, path: str, body: object):
     response = server.http.post(path, json=body)
     assert response.status_code < 500, response.text
     assert server.pool.workers[0].num_failed == 0
+
+
+BROKEN = st.binary(max_size=40) | st.sampled_from(
+    [
+        b"[" * 100_000, b'{"message": ' + b"9" * 5000 + b"}", b'{"message": "\\ud800", "model": "default"}',
+        b'{"message": "x", "temperature": Infinity}', b'{"message": "a\\u0000b"}', b"\xff\xfe{}", b"",
+    ]
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(POSTS), BROKEN)
+def test_bytes_that_are_no_json_get_an_answer(server: Served, path: str, body: bytes):
+    response = server.http.post(path, content=body, headers={"content-type": "application/json"})
+    assert response.status_code < 500, response.text
+    assert "error" in response.json() or "detail" in response.json() or response.status_code < 300

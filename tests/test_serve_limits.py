@@ -16,8 +16,8 @@ from nanochat.common import UserError
 from nanochat.serve.errors import ApiError
 from nanochat.serve.logs import JsonLines, TextLines, logger
 from nanochat.serve.rate_limit import MAX_CLIENTS, RateLimiter
+from nanochat.serve.replica import device_memory
 from nanochat.serve.settings import Rate, Settings
-from nanochat.serve.worker import device_memory
 from tests.serving import GREEDY, events, script, scripted_replica, served, user, wait_for
 
 

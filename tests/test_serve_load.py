@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import multiprocessing
+import signal
 import socket
-import threading
 import time
 
 import httpx
@@ -32,13 +33,8 @@ def one_thread() -> None:
 
 
 def test_loop_answers_while_the_model_works_and_requests_share_its_steps():
-    def load(index: int):
-        replica = scripted_replica(script)
-        replica.engine.model.pause_s = 0.005
-        return replica
-
     with (
-        served(load, Settings(defaults=GREEDY)) as server,
+        served(lambda index: scripted_replica(script), Settings(defaults=GREEDY), pause_s=0.005) as server,
         concurrent.futures.ThreadPoolExecutor(8) as threads,
     ):
         body = {"messages": user("long"), "max_tokens": 120, "stream": False}
@@ -66,12 +62,11 @@ def test_loop_answers_while_the_model_works_and_requests_share_its_steps():
 
 
 def test_clients_that_vanish_leave_no_work_behind():
-    def load(index: int):
-        replica = scripted_replica(script, max_batch=8)
-        replica.engine.model.pause_s = 0.002
-        return replica
-
-    with served(load, Settings(defaults=GREEDY, max_queue=200)) as server:
+    with served(
+        lambda index: scripted_replica(script, max_batch=8),
+        Settings(defaults=GREEDY, max_queue=200),
+        pause_s=0.002,
+    ) as server:
         host, port = server.url.removeprefix("http://").split(":")
         body = json.dumps({"messages": user("long"), "max_tokens": 400}).encode()
         head = f"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
@@ -82,7 +77,7 @@ def test_clients_that_vanish_leave_no_work_behind():
         wait_for(lambda: server.pool.workers[0].num_running == 8 and len(server.pool.queue) > 50)
         for one in sockets:
             one.close()
-        wait_for(lambda: idle(server), 5)
+        wait_for(lambda: idle(server))
         steps = server.model.steps
         time.sleep(0.1)
         assert server.model.steps == steps, "somebody still generates"
@@ -90,13 +85,11 @@ def test_clients_that_vanish_leave_no_work_behind():
 
 
 def test_full_queue_and_late_answers_are_refused_honestly():
-    def load(index: int):
-        replica = scripted_replica(script, max_batch=8)
-        replica.engine.model.pause_s = 0.02
-        return replica
-
     limits = Settings(defaults=GREEDY, max_queue=1, queue_timeout=0.3, request_timeout=1.0)
-    with served(load, limits) as server, concurrent.futures.ThreadPoolExecutor(12) as threads:
+    with (
+        served(lambda index: scripted_replica(script, max_batch=8), limits, pause_s=0.02) as server,
+        concurrent.futures.ThreadPoolExecutor(12) as threads,
+    ):
         body = {"messages": user("long"), "max_tokens": 400, "stream": False}
         post = [
             threads.submit(httpx.post, f"{server.url}/chat/completions", json=body, timeout=30)
@@ -124,13 +117,10 @@ def test_a_failing_worker_reports_and_comes_back():
 
 
 def test_a_worker_that_dies_under_load_is_back_in_seconds():
-    def load(index: int):
-        replica = scripted_replica(script, max_batch=16)
-        replica.engine.model.pause_s = 0.003
-        return replica
-
     with (
-        served(load, Settings(defaults=GREEDY)) as server,
+        served(
+            lambda index: scripted_replica(script, max_batch=16), Settings(defaults=GREEDY), pause_s=0.003
+        ) as server,
         concurrent.futures.ThreadPoolExecutor(24) as threads,
     ):
         body = {"messages": user("long"), "max_tokens": 150, "events": "full"}
@@ -145,7 +135,7 @@ def test_a_worker_that_dies_under_load_is_back_in_seconds():
         asked = [threads.submit(ask, index) for index in range(24)]
         wait_for(lambda: server.pool.workers[0].num_running == 16 and len(server.pool.queue) == 8)
         died = time.monotonic()
-        server.model.fail_next = True
+        server.signal(signal.SIGKILL)
         answers = [one.result() for one in asked]
         ended = [reason for _, reason in answers]
         assert ended.count("worker_failed") == 16 and ended.count("length") == 8
@@ -157,7 +147,7 @@ def test_a_worker_that_dies_under_load_is_back_in_seconds():
 
 
 def test_not_ready_while_loading():
-    go = threading.Event()
+    go = multiprocessing.get_context("fork").Event()
 
     def load(index: int):
         if index == 1:

@@ -13,6 +13,7 @@ from nanochat.serve.settings import Settings
 from tests.serving import (
     GREEDY,
     Served,
+    idle,
     script,
     scripted_replica,
     served,
@@ -114,6 +115,80 @@ def test_async_client(server: Served):
             return [reply.choices[0].message.content or "" for reply in await asyncio.gather(*replies)]
 
     assert asyncio.run(ask()) == [f"1:q{i}" for i in range(5)]
+
+
+def test_async_client_has_every_feature(server: Served):
+    async def scenario(client: openai.AsyncOpenAI) -> None:
+        assert [model.id async for model in client.models.list()] == ["nanochat-test"]
+        reply = await client.chat.completions.create(
+            model="default", messages=user("hello"), n=2, stop=["l"], seed=3, logprobs=True, top_logprobs=2
+        )
+        assert [choice.message.content for choice in reply.choices] == ["1:he"] * 2
+        assert all(len(c.logprobs.content[0].top_logprobs) == 2 for c in reply.choices if c.logprobs)
+        assert reply.usage and reply.usage.prompt_tokens == 9 and reply.usage.completion_tokens >= 8
+        stream = await client.chat.completions.create(
+            model="default", messages=user("emoji"), stream=True, stream_options={"include_usage": True}
+        )
+        chunks = [chunk async for chunk in stream]
+        assert (
+            "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+            == "\u00e4\u6f22\U0001f600!"
+        )
+        assert chunks[-1].usage and chunks[-1].usage.completion_tokens == 10
+        again = [
+            await client.completions.create(model="default", prompt="q", seed=5, temperature=2)
+            for _ in range(2)
+        ]
+        assert again[0].choices[0].text == again[1].choices[0].text
+        with pytest.raises(openai.NotFoundError):
+            await client.models.retrieve("gpt-9")
+
+    async def run() -> None:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            await scenario(client)
+
+    asyncio.run(run())
+
+
+def test_a_stream_that_is_closed_ends_the_work(server: Served, client: openai.OpenAI):
+    server.model.pause_s = 0.01
+    try:
+        with client.chat.completions.create(model="default", messages=user("long"), stream=True) as stream:
+            next(iter(stream))
+        wait_for(lambda: idle(server))
+    finally:
+        server.model.pause_s = 0.0
+
+
+def test_error_classes():
+    """Each failure is the class that the API's clients know, and says whether to try again."""
+    tight = Settings(defaults=GREEDY, max_queue=0, request_timeout=1.0, api_keys=("k",))
+    with served(lambda index: scripted_replica(script, max_batch=8), tight, pause_s=0.02) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0)
+
+        def create(**body):
+            return client.chat.completions.create(**{"model": "default", "messages": user("long"), **body})
+
+        with pytest.raises(openai.AuthenticationError) as refused:
+            client.with_options(api_key="wrong").models.list()
+        assert refused.value.code == "invalid_api_key"
+        stream = create(stream=True, n=8, max_tokens=400)
+        wait_for(lambda: server.pool.workers[0].num_running == 8)
+        with pytest.raises(openai.RateLimitError) as full:
+            create()
+        assert full.value.code == "queue_full" and int(full.value.response.headers["retry-after"]) >= 1
+        with pytest.raises(openai.APIError) as cut:
+            list(stream)
+        assert cut.value.code == "request_timeout"
+        with pytest.raises(openai.InternalServerError) as late:
+            create(max_tokens=400)
+        assert late.value.status_code == 504 and late.value.code == "request_timeout"
+        assert late.value.response.headers["x-should-retry"] == "false"
+        with pytest.raises(openai.APIStatusError) as large:
+            create(messages=user("x" * (1 << 20)))
+        assert large.value.status_code == 413 and large.value.code == "request_too_large"
+        with pytest.raises(openai.APITimeoutError):
+            create(timeout=0.05)
 
 
 # --- /v1/completions -----------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def address(server: Served, query: str = "") -> str:
 
 
 def receive(socket: ClientConnection) -> dict:
-    return json.loads(socket.recv(10))
+    return json.loads(socket.recv(60))
 
 
 def answer(socket: ClientConnection) -> list[dict]:
@@ -124,7 +124,7 @@ def test_oversized_frames_and_foreign_pages_are_turned_away(server: Served):
     with connect(address(server)) as socket, pytest.raises(ConnectionClosed) as caught:
         socket.send("x" * (1 << 17))
         while True:
-            socket.recv(10)
+            socket.recv(60)
     assert caught.value.rcvd is None or caught.value.rcvd.code == 1009
     with pytest.raises(InvalidStatus):
         connect(address(server), origin="http://evil.example")
@@ -141,8 +141,17 @@ def test_keys(server: Served):
             assert receive(socket)["type"] == "hello"
         with connect(address(guarded)) as socket, pytest.raises(ConnectionClosed) as caught:
             socket.send("let me in")
-            socket.recv(10)
+            socket.recv(60)
         assert caught.value.rcvd is not None and caught.value.rcvd.code == 1008
+
+
+def test_a_frame_of_bytes_is_read_as_text(server: Served):
+    with connect(address(server)) as socket:
+        receive(socket)
+        socket.send(b"a\xff")
+        assert answer(socket)[-1]["response"] == "1:a\ufffd"
+        socket.send(json.dumps({"message": "b", "session_id": "\ud800"}))
+        assert answer(socket)[-1]["error"]["code"] == "session_not_found"
 
 
 VALUES = st.recursive(
@@ -174,12 +183,12 @@ FRAMES = st.builds(
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(FRAMES | VALUES, max_size=5))
+@given(st.lists(FRAMES | VALUES | st.binary(max_size=20) | st.just(b"[" * 9999), max_size=5))
 def test_no_frame_breaks_a_connection_or_a_worker(server: Served, frames: list):
     with connect(address(server)) as socket:
         receive(socket)
         for frame in frames:
-            socket.send(json.dumps(frame))
+            socket.send(frame if isinstance(frame, bytes) else json.dumps(frame))
         socket.send(json.dumps({"type": "stop"}))
         socket.send(json.dumps({"type": "ping"}))
         while receive(socket)["type"] != "pong":

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from importlib.resources import files
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import FileResponse, RedirectResponse, Response
+from fastapi.responses import FileResponse, PlainTextResponse, RedirectResponse, Response
 from fastapi.staticfiles import StaticFiles
 
 from nanochat.serve import native_api, openai_api, openai_text, session_api, websocket
-from nanochat.serve.errors import AsciiJSON, NativeFailure, OpenAIFailure, documented, install_error_handlers
+from nanochat.serve.errors import (
+    AsciiJSON,
+    NativeFailure,
+    OpenAIFailure,
+    documented,
+    install_error_handlers,
+    is_openai,
+)
 from nanochat.serve.metrics import CONTENT_TYPE
 from nanochat.serve.pool import WorkerPool
 from nanochat.serve.security import Gate
@@ -24,22 +34,34 @@ FAILURES = (400, 401, 404, 413, 429, 500, 503, 504)
 STATIC = files("nanochat.serve") / "static"
 
 
+class _App(FastAPI):
+    """FastAPI that describes what is really sent."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI schema. FastAPI adds a 422 to whatever takes parameters; below /v1 that is a 400."""
+        schema = super().openapi()
+        for path, operations in schema["paths"].items():
+            for operation in operations.values() if is_openai(path) else ():
+                operation["responses"].pop("422", None)
+        return schema
+
+
 def create_app(settings: Settings, pool: WorkerPool) -> FastAPI:
-    """The application over a pool. Its lifespan starts and ends the pool's threads."""
+    """The application over a pool. Its lifespan is that of the pool's processes."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         pool.start()
+        if settings.reload_on_sighup:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, pool.reload)
         try:
             yield
         finally:
-            pool.close()
+            await pool.close()
             service.sessions.close()
 
     # FastAPI's interactive pages load scripts from elsewhere; the schema itself stays at /openapi.json
-    app = FastAPI(
-        title="nanochat", version=server_version(), lifespan=lifespan, docs_url=None, redoc_url=None
-    )
+    app = _App(title="nanochat", version=server_version(), lifespan=lifespan, docs_url=None, redoc_url=None)
     service = app.state.service = Service(settings, pool)
     install_error_handlers(app)
     for module in (native_api, session_api, websocket):
@@ -80,7 +102,7 @@ def _add_status(app: FastAPI, service: Service) -> None:
 
     if service.settings.metrics:
 
-        @app.get("/metrics", responses=documented(NativeFailure, 401))
+        @app.get("/metrics", responses=documented(NativeFailure, 401), response_class=PlainTextResponse)
         async def metrics() -> Response:
             return Response(service.metrics.render(len(service.sessions)), media_type=CONTENT_TYPE)
 

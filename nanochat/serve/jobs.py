@@ -1,4 +1,4 @@
-"""One request between the event loop, which reads it, and a worker thread, which fills it."""
+"""One request between the endpoint that reads it and the worker that fills it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
-from nanochat.engine import SamplingParams
+from nanochat.sampling_params import SamplingParams
 from nanochat.serve.errors import ApiError
 from nanochat.serve.parts import TEXT, Delta, PartsDecoder
 from nanochat.tokenizer import RustBPETokenizer
@@ -73,7 +73,7 @@ Item = Started | Piece | Ended | Failed
 
 @dataclass(slots=True)
 class Choice:
-    """One answer of a request. The worker thread alone writes it."""
+    """One answer of a request. The worker alone writes it."""
 
     params: SamplingParams
     decoder: PartsDecoder
@@ -92,7 +92,7 @@ class Timings:
 
 
 class Job:
-    """Prompts, the choices of each, and the mailbox through which the loop sees them grow.
+    """Prompts, the choices of each, and the mailbox through which a reader sees them grow.
 
     A chat has one prompt. With several, the choices come in their order, equally many for each.
     """
@@ -105,23 +105,27 @@ class Job:
         self.timings = Timings()
         self.deadline = self.timings.submitted + deadline_s
         self.worker = -1
-        self.cancelled = False
-        self.loop = asyncio.get_running_loop()
         self._items: deque[Item] = deque()
         self._arrived = asyncio.Event()
-
-    # --- on the event loop
 
     def deliver(self, items: Sequence[Item]) -> None:
         """Put items into the mailbox, merging text when the reader lags."""
         for item in items:
-            last = self._items[-1] if self._items else None
-            merged = _merge(last, item) if len(self._items) >= MAILBOX_PIECES else None
-            if merged is not None:
-                self._items[-1] = merged
-            else:
+            if len(self._items) < MAILBOX_PIECES or not self._merge(item):
                 self._items.append(item)
         self._arrived.set()
+
+    def _merge(self, item: Item) -> bool:
+        """Join a piece of text to the last item of its choice, if that is text too; whether it was."""
+        for at in range(1, 1 + min(len(self._items), len(self.choices))):
+            last = self._items[-at]
+            if isinstance(last, Piece) and isinstance(item, Piece) and last.choice == item.choice:
+                if last.delta.kind != TEXT or item.delta.kind != TEXT:
+                    return False
+                text = Delta(TEXT, last.delta.text + item.delta.text)
+                self._items[-at] = Piece(last.choice, text, last.scores + item.scores)
+                return True
+        return False
 
     async def items(self, silence_s: float) -> AsyncGenerator[Item | None, None]:
         """Items in order until every choice ended or the job failed; None after each silent silence_s."""
@@ -191,34 +195,10 @@ def new_choice(
     return Choice(params, PartsDecoder(tokenizer, stop, raw))
 
 
-def send(news: Sequence[tuple[Job, Sequence[Item]]]) -> None:
-    """Hand items to their jobs on the event loop, in one wake-up. A closed loop has no readers left."""
-    for loop in {job.loop for job, _ in news}:
-        mine = [(job, items) for job, items in news if job.loop is loop]
-        try:
-            loop.call_soon_threadsafe(_deliver, mine)
-        except RuntimeError:
-            for job, _ in mine:
-                job.cancelled = True
-
-
-def _deliver(news: Sequence[tuple[Job, Sequence[Item]]]) -> None:
-    for job, items in news:
-        job.deliver(items)
-
-
 def failure(item: Failed) -> ApiError:
     """The HTTP error of a failed job."""
     retry_after = 1 if item.status in (429, 503) else None
     return ApiError(item.status, item.code, item.message, retry_after=retry_after)
-
-
-def _merge(last: Item | None, item: Item) -> Piece | None:
-    if not (isinstance(last, Piece) and isinstance(item, Piece) and last.choice == item.choice):
-        return None
-    if last.delta.kind != TEXT or item.delta.kind != TEXT:
-        return None
-    return Piece(last.choice, Delta(TEXT, last.delta.text + item.delta.text), last.scores + item.scores)
 
 
 def _rounded(value: float | None) -> float | None:

@@ -1,25 +1,37 @@
-"""From a checkpoint on disk to a replica that serves."""
+"""From a checkpoint on disk to a replica that serves. Runs in the process of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
-import torch
-
-from nanochat.checkpoint_manager import find_model_tag, load_model, stage_dir
-from nanochat.engine import Engine
+from nanochat.common import UserError
 from nanochat.serve.settings import ModelInfo, Replica
 
 
 def load_replica(
+    index: int,
+    *,
     source: str,
-    device: torch.device,
+    device_type: str,
     model_tag: str | None,
     step: int | None,
-    tools: Mapping[str, Callable[[str], str | None]],
+    python_tool: str,
     max_batch: int,
 ) -> Replica:
-    """Load the model of a stage onto a device. Raises UserError if there is none or it is damaged."""
+    """Load the model of a stage for worker `index`, on the GPU of that number if there are GPUs.
+
+    Raises UserError if there is no such model or device, or the checkpoint is damaged.
+    """
+    # here, because the server imports this module too
+    import torch
+
+    from nanochat.checkpoint_manager import find_model_tag, load_model, stage_dir
+    from nanochat.common import autodetect_device_type, check_device
+    from nanochat.engine import Engine
+    from nanochat.python_tool import tools_of
+
+    device_type = device_type or autodetect_device_type()
+    if index and (device_type != "cuda" or index >= torch.cuda.device_count()):
+        raise UserError(f"--num-gpus asks for {index + 1} replicas, but there are not so many GPUs")
+    device = check_device(device_type, index)
     tag = model_tag or find_model_tag(stage_dir(source))
     model, tokenizer, meta = load_model(source, device, "eval", tag, step)
     found = int(meta["step"])
@@ -33,4 +45,6 @@ def load_replica(
         device=str(device),
         dtype=str(model.compute_dtype).removeprefix("torch."),
     )
-    return Replica(Engine(model, tokenizer, tools=dict(tools), max_batch=max_batch), tokenizer, info)
+    return Replica(
+        Engine(model, tokenizer, tools=tools_of(python_tool), max_batch=max_batch), tokenizer, info
+    )

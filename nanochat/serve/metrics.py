@@ -105,8 +105,8 @@ class Metrics:
             self._workers.labels(state).set(states.count(state))
         for worker in self._pool.workers:
             self._busy.labels(str(worker.index)).set(worker.busy_s)
-            if worker.replica is not None:
-                info = worker.replica.info
+            if worker.loaded is not None:
+                info = worker.loaded.info
                 facts = (info.name, info.source, str(info.step), info.dtype, info.device)
                 self._build.labels(server_version(), *facts).set(1)
                 for kind, value in worker.memory.items():

@@ -9,15 +9,17 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
+from pydantic import BaseModel, Field
 
 from nanochat.serve.errors import ApiError, AsciiJSON
 from nanochat.serve.jobs import Failed, Job, Piece, Scored
 from nanochat.serve.parts import CALL, TEXT
-from nanochat.serve.schemas import CompletionRequest, check_messages, check_sampling, stop_strings
+from nanochat.serve.schemas import Body, CompletionRequest, check_messages, check_sampling, stop_strings
 from nanochat.serve.security import owner_of
 from nanochat.serve.service import Service
 
 router = APIRouter()
+MAX_TOKENS = 1 << 15  # of one call to /detokenize
 # an answer comes as JSON or, streamed, as server-sent events
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {}, "text/event-stream": {"schema": {"type": "string"}}}}
@@ -82,6 +84,39 @@ def _piece_lines(service: Service, job: Job, item: Piece, full: bool) -> list[st
     if item.delta.kind == TEXT:
         return [event(token=item.delta.text, gpu=job.worker, **scores)] if item.delta.text or scores else []
     return [event(tool=phase(item.delta.kind), text=item.delta.text, **scores)] if full else []
+
+
+class Text(Body):
+    """What to encode."""
+
+    text: str
+
+
+class Tokens(BaseModel):
+    """What to decode."""
+
+    tokens: Annotated[list[int], Field(max_length=MAX_TOKENS)]
+
+
+@router.post("/tokenize")
+async def tokenize(body: Text, service: ServiceOf) -> dict:
+    """The token ids of a text, as ordinary text: without markers, and special tokens spelled out are none."""
+    if len(body.text) > service.settings.limits.max_total_chars:
+        text = f"the text is longer than {service.settings.limits.max_total_chars} characters"
+        raise ApiError(400, "message_too_long", text, param="text")
+    tokens = service.replica.tokenizer.encode(body.text)
+    return {"tokens": tokens, "count": len(tokens)}
+
+
+@router.post("/detokenize")
+async def detokenize(body: Tokens, service: ServiceOf) -> dict:
+    """The text of token ids."""
+    tokenizer = service.replica.tokenizer
+    wrong = next((token for token in body.tokens if not 0 <= token < tokenizer.get_vocab_size()), None)
+    if wrong is not None:
+        text = f"token {wrong} is not in [0, {tokenizer.get_vocab_size()})"
+        raise ApiError(400, "invalid_value", text, param="tokens")
+    return {"text": tokenizer.decode(body.tokens)}
 
 
 def phase(kind: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from fastapi import Request
 from fastapi.responses import Response
 
-from nanochat.engine import SamplingParams
+from nanochat.sampling_params import SamplingParams
 from nanochat.serve.errors import ApiError, AsciiJSON, openai_error
 from nanochat.serve.jobs import Choice, Ended, Failed, Job, Piece, Scored
 from nanochat.serve.openai_schemas import OpenAISampling

@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 
 from nanochat.serve.errors import ApiError
 from nanochat.serve.prompt import Message
-from nanochat.serve.schemas import Part, Seed, Stop
+from nanochat.serve.schemas import Body, Part, Seed, Stop
 
 # What the API defines and this server cannot do: refused unless empty, so that nobody believes it worked.
 _UNSUPPORTED = (
@@ -38,7 +38,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class OpenAISampling(BaseModel):
+class OpenAISampling(Body):
     """What both kinds of completions have in common."""
 
     model: str

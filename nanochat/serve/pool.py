@@ -2,46 +2,69 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 
+from nanochat.common import UserError
 from nanochat.serve.errors import ApiError
-from nanochat.serve.jobs import Job
+from nanochat.serve.jobs import Failed, Job
+from nanochat.serve.launcher import Launcher
+from nanochat.serve.protocol import Loaded
 from nanochat.serve.queue import JobQueue
-from nanochat.serve.settings import Replica, Settings
+from nanochat.serve.settings import Settings
 from nanochat.serve.worker import Worker
 
 
 class WorkerPool:
-    """`num_workers` replicas made by `load(index)`, each in its own thread, fed from one queue.
+    """A worker for each process of the launcher, fed from one queue. Used from the event loop alone.
 
-    on_change is called from a worker's thread when it becomes usable and when it ends.
+    on_change is called when a worker becomes usable and when it is given up.
     """
 
     def __init__(
         self,
-        load: Callable[[int], Replica],
-        num_workers: int,
+        launcher: Launcher,
         settings: Settings,
         on_change: Callable[[WorkerPool], None] = lambda pool: None,
     ) -> None:
-        self.queue = JobQueue(settings.max_queue, settings.queue_timeout, num_workers)
+        self.queue = JobQueue(settings.max_queue, settings.queue_timeout)
+        self._on_change = on_change
         self.workers = [
-            Worker(index, load, self.queue, lambda: on_change(self)) for index in range(num_workers)
+            Worker(index, launcher, settings.request_timeout, self._dispatch, self._changed)
+            for index in range(launcher.count)
         ]
         self.started = time.monotonic()
+        self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        """Start loading; returns at once."""
-        for worker in self.workers:
-            worker.thread.start()
+        """Let the workers look after their processes; returns at once."""
+        self._tasks = [asyncio.create_task(worker.run()) for worker in self.workers]
 
-    def close(self, timeout_s: float = 10.0) -> None:
-        """End all threads; running requests fail."""
-        self.queue.close()
+    async def close(self) -> None:
+        """End all processes; running and waiting requests fail."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def reload(self) -> None:
+        """Load the model anew in every worker, one that was trained meanwhile. Nothing that runs is cut."""
         for worker in self.workers:
-            if worker.thread.is_alive():
-                worker.thread.join(timeout_s)
+            worker.reload()
+
+    def _changed(self) -> None:
+        if self.status == "failed":
+            self.queue.refuse_all(Failed(503, "not_ready", "no model is available"))
+        self._on_change(self)
+
+    def _dispatch(self) -> None:
+        """Start waiting jobs in their order, each where the fewest run."""
+        while (job := self.queue.first) is not None:
+            worker = max(self.workers, key=lambda worker: worker.num_free)
+            if worker.num_free < len(job.choices):
+                return
+            self.queue.discard(job)
+            worker.start(job)
 
     @property
     def ready(self) -> bool:
@@ -49,36 +72,52 @@ class WorkerPool:
 
     @property
     def failed(self) -> bool:
-        """Whether no worker will ever be usable again."""
-        return all(worker.gone and worker.error is not None for worker in self.workers)
+        """Whether no worker will ever be usable again, or one of them never can be."""
+        errors = [worker.error for worker in self.workers if worker.gone and worker.error is not None]
+        return len(errors) == len(self.workers) or any(isinstance(error, UserError) for error in errors)
+
+    @property
+    def error(self) -> Exception | None:
+        """Why a worker was given up."""
+        return next((worker.error for worker in self.workers if worker.gone), None)
 
     @property
     def status(self) -> str:
         """ok, loading, degraded (some workers gone) or failed."""
-        if not self.ready:
-            return "failed" if any(w.state == "failed" for w in self.workers) else "loading"
-        return "degraded" if any(w.state == "failed" for w in self.workers) else "ok"
+        num_gone = sum(worker.gone for worker in self.workers)
+        if num_gone == len(self.workers):
+            return "failed"
+        return "loading" if not self.ready else "degraded" if num_gone else "ok"
 
     @property
-    def replica(self) -> Replica:
-        """A loaded replica, for its tokenizer and model facts; 503 before the first one is loaded."""
+    def replica(self) -> Loaded:
+        """The tokenizer and the facts of the model; 503 before it is loaded for the first time."""
         for worker in self.workers:
-            if worker.replica is not None:
-                return worker.replica
+            if worker.loaded is not None:
+                return worker.loaded
         raise ApiError(503, "not_ready", "the model is still loading", retry_after=2)
+
+    def check_alive(self) -> None:
+        """503 when no worker will take anything again; while a process is replaced, requests wait for it."""
+        if self.status == "failed":
+            raise ApiError(503, "not_ready", "no model is available", retry_after=5)
 
     def submit(self, job: Job) -> None:
         """Queue a job; raises ApiError 429 or 503."""
+        self.check_alive()
         self.queue.put(job)
+        self._dispatch()
+        self.queue.check_length()
 
     def cancel(self, job: Job) -> None:
-        """Stop a job wherever it is. Harmless when it ended."""
-        self.queue.discard(job)
+        """Stop a job wherever it is, because nobody reads it any more. Harmless when it ended."""
+        if not self.queue.discard(job) and job.worker >= 0:
+            self.workers[job.worker].stop(job, "cancelled")
 
     def health(self) -> dict:
         """The body of GET /health."""
         states = [worker.state for worker in self.workers]
-        info = next((w.replica.info for w in self.workers if w.replica is not None), None)
+        info = next((w.loaded.info for w in self.workers if w.loaded is not None), None)
         return {
             "status": self.status,
             "ready": self.ready,
@@ -111,7 +150,7 @@ def _worker_stats(worker: Worker) -> dict:
     rate = worker.tokens_per_second
     return {
         "gpu_id": worker.index,
-        "device": worker.replica.info.device if worker.replica else None,
+        "device": worker.loaded.info.device if worker.loaded else None,
         "state": worker.state,
         "running": worker.num_running,
         "requests": worker.num_requests,

@@ -2,87 +2,61 @@
 
 from __future__ import annotations
 
-import threading
-import time
+import asyncio
 from collections import deque
 
 from nanochat.serve.errors import ApiError
-from nanochat.serve.jobs import Failed, Job, send
+from nanochat.serve.jobs import Failed, Job
 
 
 class JobQueue:
-    """A bounded queue from the event loop to the worker threads."""
+    """Used from the event loop alone."""
 
-    def __init__(self, max_waiting: int, timeout_s: float, num_workers: int) -> None:
-        self.closed = False
-        self._max_waiting, self._timeout_s, self._num_workers = max_waiting, timeout_s, num_workers
+    def __init__(self, max_waiting: int, timeout_s: float) -> None:
+        self._max_waiting, self._timeout_s = max_waiting, timeout_s
         self._waiting: deque[Job] = deque()
-        self._free: dict[int, int] = {}  # rows that each worker could start at once
-        self._changed = threading.Condition()
+        self._timers: dict[Job, asyncio.TimerHandle] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
 
+    @property
+    def first(self) -> Job | None:
+        """Who is next."""
+        return self._waiting[0] if self._waiting else None
+
     def position(self, job: Job) -> int:
         """How many requests are before this one; 0 when it no longer waits."""
-        with self._changed:
-            return self._waiting.index(job) if job in self._waiting else 0
+        return self._waiting.index(job) if job in self._timers else 0
 
     def put(self, job: Job) -> None:
-        """Append a job, or refuse it: 429 when full, 503 when nobody will ever take it."""
-        with self._changed:
-            if self.closed or not self._num_workers:
-                raise ApiError(503, "not_ready", "no model is available", retry_after=5)
-            if len(self._waiting) >= self._max_waiting + sum(self._free.values()):
-                raise ApiError(
-                    429, "queue_full", f"{len(self._waiting)} requests are waiting already", retry_after=1
-                )
-            self._waiting.append(job)
-            self._changed.notify()
+        """Append a job; it fails with 503 when nobody takes it in time."""
+        self._waiting.append(job)
+        late = Failed(503, "queue_timeout", f"no worker was free for {self._timeout_s:g} s")
+        self._timers[job] = asyncio.get_running_loop().call_later(self._timeout_s, self._refuse, job, late)
 
-    def take(self, worker: int, free: int, wait: bool) -> list[Job] | None:
-        """Jobs for `free` rows in arrival order; with wait, sleep until there is one. None when closed."""
-        with self._changed:
-            self._prune()
-            self._free[worker] = free
-            while wait and not self._waiting and not self.closed:
-                self._changed.wait()
-            if self.closed:
-                return None
-            jobs: list[Job] = []
-            while self._waiting and len(self._waiting[0].choices) <= free:
-                jobs.append(self._waiting.popleft())
-                free -= len(jobs[-1].choices)
-            self._free[worker] = free
-            return jobs
+    def check_length(self) -> None:
+        """Send the last job away with 429 if too many wait."""
+        if len(self._waiting) > self._max_waiting:
+            self.discard(self._waiting[-1])
+            raise ApiError(
+                429, "queue_full", f"{len(self._waiting)} requests are waiting already", retry_after=1
+            )
 
-    def discard(self, job: Job) -> None:
-        """Forget a job whose client is gone; one that is running is told to stop."""
-        job.cancelled = True
-        with self._changed:
-            if job in self._waiting:
-                self._waiting.remove(job)
+    def discard(self, job: Job) -> bool:
+        """Take a job out, to start or to forget it; whether it was there."""
+        timer = self._timers.pop(job, None)
+        if timer is None:
+            return False
+        timer.cancel()
+        self._waiting.remove(job)
+        return True
 
-    def leave(self, worker: int) -> None:
-        """A worker gives up; when it was the last, every waiting job fails."""
-        with self._changed:
-            self._num_workers -= 1
-            self._free.pop(worker, None)
-            if not self._num_workers:
-                self._refuse(list(self._waiting), Failed(503, "not_ready", "no model is available"))
+    def refuse_all(self, failed: Failed) -> None:
+        """Nobody will ever take these jobs."""
+        for job in list(self._waiting):
+            self._refuse(job, failed)
 
-    def close(self) -> None:
-        """Wake all workers so that they end."""
-        with self._changed:
-            self.closed = True
-            self._changed.notify_all()
-
-    def _prune(self) -> None:
-        oldest = time.monotonic() - self._timeout_s
-        late = [job for job in self._waiting if job.timings.submitted < oldest]
-        self._refuse(late, Failed(503, "queue_timeout", f"no worker was free for {self._timeout_s:g} s"))
-
-    def _refuse(self, jobs: list[Job], failed: Failed) -> None:
-        for job in jobs:
-            self._waiting.remove(job)
-        send([(job, [failed]) for job in jobs])
+    def _refuse(self, job: Job, failed: Failed) -> None:
+        self.discard(job)
+        job.deliver([failed])

@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from nanochat.serve.errors import ApiError
 from nanochat.serve.settings import Limits
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Stop = str | list[str]
+
+
+class Body(BaseModel):
+    """A body whose strings are all text: JSON can spell halves of characters, which no tokenizer can read."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        todo = [value]
+        while todo:
+            one = todo.pop()
+            if isinstance(one, dict):
+                todo += [*one.keys(), *one.values()]
+            elif isinstance(one, list):
+                todo += one
+            elif isinstance(one, str):
+                try:
+                    one.encode()
+                except UnicodeEncodeError:
+                    raise ValueError("a string has a lone surrogate, which is no character") from None
+        return value
 
 
 class Part(BaseModel):
@@ -33,7 +54,7 @@ class Message(BaseModel):
         return sum(map(len, parts))
 
 
-class Sampling(BaseModel):
+class Sampling(Body):
     """How to sample; missing or null means the server's default."""
 
     temperature: float | None = None

@@ -13,16 +13,17 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from nanochat.engine import SamplingParams
+from nanochat.sampling_params import SamplingParams
 from nanochat.serve.errors import ApiError
 from nanochat.serve.jobs import Ended, Failed, Item, Job, Piece, Scored, failure, new_choice
 from nanochat.serve.metrics import Metrics
 from nanochat.serve.pool import WorkerPool
 from nanochat.serve.prompt import Message, Prompt, build_prompt
+from nanochat.serve.protocol import Loaded
 from nanochat.serve.rate_limit import RateLimiter
 from nanochat.serve.schemas import Sampling, stop_strings
 from nanochat.serve.sessions import SessionStore
-from nanochat.serve.settings import Replica, Settings
+from nanochat.serve.settings import Settings
 
 logger = logging.getLogger("nanochat.serve")
 JOB = "nanochat.job"  # where the scope of an HTTP request keeps its job, for the log
@@ -48,7 +49,7 @@ class Service:
             raise
 
     @property
-    def replica(self) -> Replica:
+    def replica(self) -> Loaded:
         return self.pool.replica
 
     @property
@@ -56,9 +57,9 @@ class Service:
         return f"the answer took longer than {self.settings.request_timeout:g} s"
 
     def check_ready(self) -> None:
-        """503 unless some worker has a model."""
-        if not self.pool.ready:
-            raise ApiError(503, "not_ready", f"the model is {self.pool.status}", retry_after=2)
+        """503 while the model was not there yet, or when it is gone for good."""
+        self.pool.check_alive()
+        _ = self.pool.replica
 
     def prompt(
         self,

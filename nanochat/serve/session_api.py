@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import PlainTextResponse, Response
@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from nanochat.serve.errors import ApiError, AsciiJSON
 from nanochat.serve.native_api import Owner, ServiceOf, answer_body
 from nanochat.serve.schemas import (
+    Body,
     ChatRequest,
     Message,
     Sampling,
@@ -24,6 +25,13 @@ from nanochat.serve.service import Service
 from nanochat.serve.sessions import Session
 
 router = APIRouter()
+# a conversation comes in one of three formats
+EXPORTS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {"application/json": {}}
+        | {kind: {"schema": {"type": "string"}} for kind in ("text/plain", "text/markdown")}
+    }
+}
 
 
 @router.post("/chat")
@@ -72,7 +80,7 @@ def with_defaults(sampling: Sampling, params: dict) -> Sampling:
 # --- sessions -----------------------------------------------------------------------------------------
 
 
-class SessionFields(BaseModel):
+class SessionFields(Body):
     """What a client may set on a session."""
 
     title: Annotated[str, Field(max_length=200)] | None = None
@@ -154,7 +162,7 @@ async def regenerate(
         return await _answer_session(service, session, message, sampling, request, keep=True)
 
 
-@router.get("/sessions/{session_id}/export")
+@router.get("/sessions/{session_id}/export", responses=EXPORTS)
 async def export_session(
     session_id: str,
     service: ServiceOf,

@@ -67,6 +67,7 @@ class SessionStore:
     def get(self, session_id: str, owner: str) -> Session:
         """The session; 404 for an unknown or expired one, or one of somebody else."""
         self._expire()
+        session_id = session_id.encode("utf-8", "replace").decode()  # lone surrogates are no text for SQLite
         row = self._db.execute(
             "select * from sessions where id = ? and owner = ?", (session_id, owner)
         ).fetchone()

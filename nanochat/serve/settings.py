@@ -78,6 +78,7 @@ class Settings:
     max_sessions: int = 1000
     session_db: str = ""
     log_conversations: bool = False
+    reload_on_sighup: bool = False
     ui: bool = True
     metrics: bool = True
 
@@ -98,7 +99,7 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One copy of the model, ready to generate."""
+    """One copy of the model, ready to generate, in a process of its own."""
 
     engine: Engine
     tokenizer: RustBPETokenizer

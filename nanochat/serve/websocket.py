@@ -69,7 +69,7 @@ async def _token(socket: WebSocket, service: Service) -> str | None:
     token = bearer(socket.headers.get("authorization")) or socket.query_params.get("token", "")
     if not has_key(keys, token) and not token:
         with suppress(asyncio.TimeoutError, ValueError, AttributeError):
-            frame = json.loads(await asyncio.wait_for(socket.receive_text(), AUTH_S))
+            frame = json.loads(await asyncio.wait_for(_receive(socket), AUTH_S))
             token = str(frame.get("token", "")) if frame.get("type") == "auth" else ""
     return token if has_key(keys, token) else None
 
@@ -90,7 +90,7 @@ class _Connection:
         await self._guarded(self._open(wanted))
         try:
             while True:
-                await self._guarded(self._handle(_frame(await self._socket.receive_text())))
+                await self._guarded(self._handle(_frame(await _receive(self._socket))))
         finally:
             await self._end()
 
@@ -235,6 +235,15 @@ class _Connection:
 
     async def _send(self, kind: str, **fields: object) -> None:
         await self._socket.send_text(json.dumps({"type": kind, **fields}))
+
+
+async def _receive(socket: WebSocket) -> str:
+    """The text of the next frame; one of bytes is read as text."""
+    message = await socket.receive()
+    if message["type"] == "websocket.disconnect":
+        raise WebSocketDisconnect(message.get("code", 1005))
+    text = message.get("text")
+    return message["bytes"].decode("utf-8", "replace") if text is None else text
 
 
 def _frame(text: str) -> dict[str, Any]:
