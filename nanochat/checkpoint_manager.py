@@ -102,9 +102,11 @@ def write_checkpoint(
     """Write a checkpoint from copies, in any thread. It counts only once its meta file is there.
 
     weights: on the host, see host_copy; nobody else may change them or the optimizer state meanwhile.
-    keep_last: how many checkpoints to keep in the folder; 0 keeps all.
+    keep_last: how many checkpoints to keep in the folder, this one being the last; 0 keeps all.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    # Another checkpoint of this step (damaged, or of a run that went back) is absent before it is replaced.
+    (directory / f"meta_{step:06d}.json").unlink(missing_ok=True)
     if tokenizer is not None:
         tokenizer.save(directory / "tokenizer")
     files = {f"model_{step:06d}.pt": _save_tensors(directory / f"model_{step:06d}.pt", weights)}
@@ -120,8 +122,7 @@ def write_checkpoint(
     }
     write_json(directory / f"meta_{step:06d}.json", complete)
     if keep_last > 0:
-        for old in list_steps(directory)[:-keep_last]:
-            _delete(directory, old)
+        _prune(directory, step, keep_last)
 
 
 def update_meta(directory: Path, step: int, changes: dict) -> None:
@@ -139,6 +140,24 @@ def delete_checkpoints(directory: Path) -> None:
         _delete(directory, step)
 
 
+def remove_leftovers(directory: Path) -> None:
+    """Delete the half-written files that a killed run left behind. Only whoever holds the folder may call it."""
+    for folder in (directory, directory / "tokenizer"):
+        for path in folder.glob(".*.tmp"):  # see whole_file
+            path.unlink(missing_ok=True)
+
+
+def _prune(directory: Path, step: int, keep_last: int) -> None:
+    """Delete all but the newest checkpoints up to a step, and what a run killed while pruning has left of older ones.
+
+    Later steps are there when a run went back because they are damaged; they do not count.
+    """
+    kept = [saved for saved in list_steps(directory) if saved <= step][-keep_last:]
+    for old in _steps_of(directory, r"(?:meta|model|optim)_(\d+)\.(?:json|pt)"):
+        if old < kept[0]:
+            _delete(directory, old)
+
+
 def _delete(directory: Path, step: int) -> None:
     # meta first: from then on the checkpoint is absent, whatever happens next
     for name in (f"meta_{step:06d}.json", f"model_{step:06d}.pt", f"optim_{step:06d}.pt"):
@@ -150,8 +169,12 @@ def _delete(directory: Path, step: int) -> None:
 
 def list_steps(directory: Path) -> list[int]:
     """Steps of all checkpoints with a meta file, ascending."""
-    names = (re.fullmatch(r"meta_(\d+)\.json", path.name) for path in directory.glob("meta_*.json"))
-    return sorted(int(match[1]) for match in names if match)
+    return _steps_of(directory, r"meta_(\d+)\.json")
+
+
+def _steps_of(directory: Path, pattern: str) -> list[int]:
+    matches = (re.fullmatch(pattern, path.name) for path in directory.glob("*_*"))
+    return sorted({int(match[1]) for match in matches if match})
 
 
 def refuse_irreplaceable(directory: Path) -> None:

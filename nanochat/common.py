@@ -104,6 +104,35 @@ def read_json(path: str | Path) -> dict:
     return value
 
 
+@contextmanager
+def exclusive(folder: Path, wanted: bool = True) -> Iterator[None]:
+    """Hold a folder for this process alone; the system lets go of it however the process ends.
+
+    wanted: False does nothing, for ranks that write no files. Raises UserError if another process holds the folder,
+    such as one whose torchrun was killed without it.
+    """
+    from filelock import FileLock, Timeout
+
+    if not wanted:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, owner = FileLock(folder / "lock"), folder / "lock.pid"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        process = f" (process {owner.read_text(encoding='utf-8').strip()})" if owner.exists() else ""
+        raise UserError(f"another run is at work in {folder}{process}; wait for it, or end it") from None
+    except (NotImplementedError, OSError):  # some network file systems have no locks
+        print0(f"warning: {folder} cannot be locked; do not start another run in it", file=sys.stderr)
+    try:
+        owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
 # --- ranks -------------------------------------------------------------------------------------------
 
 
@@ -160,7 +189,11 @@ class World:
 
 @contextmanager
 def distributed(device_type: str = "", seed: int = 42) -> Iterator[World]:
-    """Start the run: pick the device, seed, join the process group (gloo or NCCL) and leave it at the end."""
+    """Start the run: pick the device, seed, join the process group (gloo or NCCL) and leave it at the end.
+
+    Raises UserError where another rank keeps this one waiting for NANOCHAT_PEER_TIMEOUT seconds (default: half an
+    hour, as the first step of a rank may compile for minutes while the others wait), or has ended.
+    """
     import torch
     import torch.distributed as dist
 
@@ -176,17 +209,46 @@ def distributed(device_type: str = "", seed: int = 42) -> Iterator[World]:
     torch.set_float32_matmul_precision("high")  # TF32 for fp32 matrices where the GPU has it
     if is_distributed:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        # The first step of a rank may compile for minutes while the others wait.
-        dist.init_process_group(
-            backend, timeout=timedelta(minutes=30), device_id=device if backend == "nccl" else None
-        )
+        device_id = device if backend == "nccl" else None
+        dist.init_process_group(backend, timeout=timedelta(seconds=peer_timeout_s()), device_id=device_id)
     try:
         yield World(rank, local_rank, world_size, device)
         if is_distributed:
             dist.barrier()  # destroying the group while a peer still communicates aborts that peer
+    except RuntimeError as error:
+        if is_distributed and (problem := _lost_peer(rank, str(error))):
+            raise UserError(problem) from error
+        raise
     finally:
         if is_distributed:
             dist.destroy_process_group()
+
+
+def peer_timeout_s() -> float:
+    """How long a rank waits for the others: NANOCHAT_PEER_TIMEOUT, else half an hour."""
+    text = os.environ.get("NANOCHAT_PEER_TIMEOUT") or "1800"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e6:
+        raise UserError(f"NANOCHAT_PEER_TIMEOUT={text!r} is not a number of seconds")
+    return seconds
+
+
+def _lost_peer(rank: int, error: str) -> str | None:
+    """What to tell the user where a collective failed because of another rank; None for any other error."""
+    lower = error.lower()
+    advice = "checkpoints on the disk are whole: start again with the same command to go on from the newest"
+    if "timed out" in lower or "timeout" in lower:
+        seconds = peer_timeout_s()
+        return (
+            f"rank {rank} waited {seconds:g} s for another rank, which hangs or whose machine is gone; {advice}"
+            " (NANOCHAT_PEER_TIMEOUT sets the seconds)"
+        )
+    if any(sign in lower for sign in ("closed by peer", "reset by peer", "broken pipe")):
+        return f"rank {rank} lost another rank, whose own output says why; {advice}"
+    return None
 
 
 # --- devices -----------------------------------------------------------------------------------------

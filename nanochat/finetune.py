@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nanochat.optim import MuonAdamW
     from nanochat.schedule import Schedule
     from nanochat.tokenizer import RustBPETokenizer
-    from nanochat.trainer import Evaluation
+    from nanochat.training_run import Evaluation
 
 N = TypeVar("N", int, float)
 
@@ -111,7 +111,8 @@ def finetune(
     from nanochat.lora import merge_adapters, train_adapters
     from nanochat.scaling import REFERENCE_BATCH, accumulation_steps
     from nanochat.stage import announce, announce_batch, announce_model, finish, output_folder
-    from nanochat.trainer import TrainingPlan, find_resume_point, train
+    from nanochat.trainer import TrainingPlan, train
+    from nanochat.training_run import find_resume_point
 
     with distributed(cfg.device_type) as world:
         precision, compiled = announce(world, cfg.compile, cfg.precision)
@@ -300,7 +301,7 @@ def validation(
     from nanochat.chat_loader import ChatLoader
     from nanochat.loss_eval import evaluate_bpb
     from nanochat.tokenizer import get_token_bytes
-    from nanochat.trainer import Evaluation
+    from nanochat.training_run import Evaluation
 
     token_bytes = get_token_bytes(world.device, tokenizer)
     rows, length = sizes.device_batch_size, sizes.max_seq_len

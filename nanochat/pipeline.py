@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from nanochat.common import UserError, read_json, write_json
+from nanochat.common import UserError, exclusive, read_json, write_json
 from nanochat.metrics import duration
 from nanochat.report_render import format_bytes
 from nanochat.terminal_log import copy_output
@@ -180,15 +180,7 @@ def selected(plan: Plan, start: str = "", only: str = "") -> list[Stage]:
 @contextmanager
 def _exclusive(folder: Path, name: str, force: bool):
     """One run at a time per folder, and no plan over the results of another unless forced."""
-    from filelock import FileLock, Timeout
-
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"another run is at work in {folder}; wait for it, or end it") from None
-    try:
+    with exclusive(folder):
         owner = folder / "plan.json"
         other = read_json(owner)["plan"] if owner.exists() else name
         if other != name and not force:
@@ -198,8 +190,6 @@ def _exclusive(folder: Path, name: str, force: bool):
             )
         write_json(owner, {"plan": name})
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager

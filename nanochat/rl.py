@@ -1,31 +1,30 @@
 """The loop of reinforcement learning: sample groups of answers, weigh them, update.
 
-Shares optimizer, schedule, checkpoints, metrics and resuming with the training loop.
+What a step does is here; saving, resuming, evaluating, stopping and the update are training_run.py's, as for the
+other stages.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 
-from nanochat.checkpoint_manager import Checkpoint, save_checkpoint, update_meta
+from nanochat.checkpoint_manager import Checkpoint
 from nanochat.common import World, print0
 from nanochat.engine import Completion, Engine, SamplingParams
+from nanochat.fp8 import without_float8
 from nanochat.gpt import GPT
-from nanochat.metrics import MetricsLog, StatusLine, Value, duration, read_metrics
+from nanochat.metrics import MetricsLog, Value, duration, read_metrics
 from nanochat.optim import MuonAdamW
 from nanochat.report import get_report
-from nanochat.schedule import Schedule
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.trainer import graceful_stop, stop_requested
+from nanochat.training_run import RunPlan, TrainingRun
 
 
 class RewardedTask(Protocol):
@@ -131,20 +130,17 @@ class Surrogate:
         return -gain + self.kl * (away.exp() - away - 1)
 
 
-@dataclass(frozen=True)
-class RLPlan:
+@dataclass(frozen=True, kw_only=True)
+class RLPlan(RunPlan):
     """What the loop needs besides model, optimizer and task."""
 
-    directory: Path
-    schedule: Schedule
-    settings: dict
     examples_per_step: int  # over all ranks
     device_batch_size: int
-    eval_every: int
-    save_every: int
-    keep_last: int
-    run: str = "dummy"
     surrogate: Surrogate = Surrogate()
+
+    @property
+    def identity(self) -> dict[str, int]:
+        return {**super().identity, "examples_per_step": self.examples_per_step}
 
 
 def train_rl(
@@ -155,90 +151,48 @@ def train_rl(
     optimizer: MuonAdamW,
     task: RewardedTask,
     sampler: GroupSampler,
-    evaluate: Callable[[], dict[str, float]],
     resume_from: Checkpoint | None,
 ) -> None:
     """Train until the schedule ends; saves before it evaluates. SIGTERM and Ctrl-C save and stop."""
-    step, seconds, results = 0, 0.0, {}
-    if resume_from is not None:
-        step, seconds = resume_from.step, resume_from.meta["total_training_time"]
-        optimizer.load_full_state_dict(resume_from.optimizer_state() or {})
-        print0(f"resuming rl at step {step} from {resume_from.directory}")
-    first_step, last_step = step, plan.schedule.num_steps
-    status = StatusLine(is_main=world.is_main)
-    log = MetricsLog(
-        plan.directory,
-        is_main=world.is_main,
-        resume_step=step if resume_from else None,
-        project="nanochat-rl",
-        run=plan.run,
-        config=plan.settings,
-    )
+    run = TrainingRun(plan, world, model, tokenizer, optimizer, resume_from)
+    state, last_step = run.state, plan.schedule.num_steps
 
-    def save() -> None:
-        state = optimizer.full_state_dict()
-        if world.is_main:
-            meta = {"stage": "rl", "user_config": plan.settings, "num_steps": last_step}
-            meta |= {"total_training_time": seconds, "results": results, "world_size": world.size}
-            save_checkpoint(plan.directory, step, model, meta, state, tokenizer, plan.keep_last)
-            status.note(f"saved step {step} in {plan.directory}")
-        world.barrier()
+    def timed_step(log: MetricsLog) -> None:
+        started = time.perf_counter()
+        measured = _step(plan, run, task, sampler)
+        state.step += 1
+        state.total_training_time += time.perf_counter() - started
+        log.log(state.step, {**measured, "total_training_time": state.total_training_time}, kind="train")
+        left = duration(state.total_training_time / state.step * (last_step - state.step))
+        run.status.show(
+            f"step {state.step:04d}/{last_step:04d} | reward {measured['reward']:.4f}"
+            f" | length {measured['sequence_length']:.1f} | {left} left",
+            final=state.step == last_step,
+        )
 
-    with log, graceful_stop() as stop:
-        while True:
-            every = plan.save_every
-            if step > first_step and (step == last_step or (every > 0 and step % every == 0)):
-                save()
-            if plan.eval_every > 0 and (step % plan.eval_every == 0 or step == last_step):
-                results = evaluate()
-                log.log(step, dict(results))
-                shown = ", ".join(f"{name} {value:.4f}" for name, value in results.items())
-                status.note(f"step {step:04d} | {shown}")
-            if step >= last_step:
-                break
-            if stop_requested(stop, world):
-                save()
-                raise KeyboardInterrupt
-            started = time.perf_counter()
-            measured = _step(plan, world, model, tokenizer, optimizer, task, sampler, step)
-            step += 1
-            seconds += time.perf_counter() - started
-            log.log(step, {**measured, "total_training_time": seconds}, kind="train")
-            left = duration(seconds / max(step - first_step, 1) * (last_step - step))
-            status.show(
-                f"step {step:04d}/{last_step:04d} | reward {measured['reward']:.4f}"
-                f" | length {measured['sequence_length']:.1f} | {left} left",
-                final=step == last_step,
-            )
+    run.go(timed_step, lambda: None)  # the questions of a step follow from its number
     if world.is_main:
-        update_meta(plan.directory, step, {"results": results})
         used = data_used(read_metrics(plan.directory / "metrics.jsonl"))
         for name, count in used.items():
             print0(f"  {name}: {count:,}")
         outcome = {
             "Number of iterations": last_step,
-            "Total training time": duration(seconds),
+            "Skipped steps": state.skipped_steps,
+            "Total training time": duration(state.total_training_time),
             **used,
-            **results,
+            **state.results,
         }
         get_report().log(section="Chat RL", data=[plan.settings, outcome])
 
 
-def _step(
-    plan: RLPlan,
-    world: World,
-    model: GPT,
-    tokenizer: RustBPETokenizer,
-    optimizer: MuonAdamW,
-    task: RewardedTask,
-    sampler: GroupSampler,
-    step: int,
-) -> dict[str, Value]:
-    """Sample, weigh, update once. Returns means over all ranks, and counts."""
+def _step(plan: RLPlan, run: TrainingRun, task: RewardedTask, sampler: GroupSampler) -> dict[str, Value]:
+    """Sample, weigh, update. Returns means over all ranks, and counts."""
+    model, world, step = run.model, run.world, run.state.step
     first = step * plan.examples_per_step
     indices = [i % len(task) for i in range(first + world.rank, first + plan.examples_per_step, world.size)]
     model.eval()
-    groups = sampler.sample(task, indices, step)
+    with without_float8(model):
+        groups = sampler.sample(task, indices, step)
     model.train()
     informative = [group for group in groups if group.is_informative]
     num_tokens = sum(sum(answer.masks) for group in informative for answer in group.answers)
@@ -246,19 +200,20 @@ def _step(
     lengths = [len(answer.tokens) for group in groups for answer in group.answers]
     cut = sum(not answer.ended_by_token for group in groups for answer in group.answers)
     sums = [num_tokens, sum(rewards), sum(lengths), len(rewards), len(informative), len(groups), cut]
-    totals = world.sum(torch.tensor(sums, dtype=torch.float64, device=world.device)).tolist()
+    counts = world.sum(torch.tensor(sums, dtype=torch.float64, device=world.device))
+    totals = counts.tolist()
 
     # With no informative group anywhere the gradient is zero, but Muon's momentum would still move the weights.
-    batches = _batches(plan, model, tokenizer, informative) if totals[0] > 0 else []
+    batches = _batches(plan, model, run.tokenizer, informative) if totals[0] > 0 else []
+    loss = norm = None
     for _ in range(plan.surrogate.num_updates if totals[0] > 0 else 0):
-        _backward(plan, model, batches, totals[0])
-        plan.schedule.apply(optimizer, step)
-        optimizer.step()
-        model.zero_grad(set_to_none=True)
+        loss, norm = run.update(_backward(plan, run, batches, totals[0]), counts[0])
     return {
         "reward": totals[1] / totals[3],
         "sequence_length": totals[2] / totals[3],
         "informative_groups": totals[4] / totals[5],
+        "train/loss": loss,
+        "train/grad_norm": norm,
         "train/lrm": plan.schedule.lr_multiplier(step),
         "data": {
             "questions": int(totals[5]),
@@ -314,18 +269,20 @@ def log_probabilities(model: GPT, inputs: torch.Tensor, targets: torch.Tensor) -
     return -model(inputs, targets, loss_reduction="none").view_as(targets)
 
 
-def _backward(plan: RLPlan, model: GPT, batches: list[PolicyBatch], num_tokens: float) -> None:
-    """Add up the policy gradient of all answers."""
+def _backward(plan: RLPlan, run: TrainingRun, batches: list[PolicyBatch], num_tokens: float) -> torch.Tensor:
+    """Add up the policy gradient of all answers; returns this rank's part of the loss, 0-dim."""
+    total = torch.zeros((), device=run.world.device)
     for batch in batches:
-        now = log_probabilities(model, batch.inputs, batch.targets)
+        now = log_probabilities(run.model, batch.inputs, batch.targets)
         sampled_with = now.detach() if batch.sampled_with is None else batch.sampled_with
         losses = plan.surrogate.loss(now, sampled_with, batch.reference, batch.advantages)
         loss = (losses * (batch.targets >= 0)).sum() / num_tokens
-        assert math.isfinite(loss.item()), "policy loss is not finite"
-        loss.backward()
+        (loss * run.state.loss_scale).backward()
+        total += loss.detach()
     if not batches:  # other ranks have gradients; all take part in their sum
-        for parameter in model.parameters():
+        for parameter in run.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
+    return total
 
 
 def policy_batch(

@@ -22,7 +22,8 @@ from nanochat.gpt import GPT
 from nanochat.metrics import Value, duration
 from nanochat.precision import Precision, choose_precision
 from nanochat.report import get_report
-from nanochat.trainer import LoopState, TrainingPlan
+from nanochat.trainer import TrainingPlan
+from nanochat.training_run import LoopState
 
 
 def announce(world: World, compile_flag: str, precision_flag: str = "auto") -> tuple[Precision, bool]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nanochat.scaling import Horizon
     from nanochat.schedule import Schedule
     from nanochat.tokenizer import RustBPETokenizer
-    from nanochat.trainer import Evaluation
+    from nanochat.training_run import Evaluation
 
 PROMPTS = (
     "The capital of France is",
@@ -170,7 +170,7 @@ def find_start(cfg: Config, world: World) -> tuple[Path, Checkpoint | None, Chec
     from nanochat.checkpoint_manager import Checkpoint, locate
     from nanochat.common import UserError, print0
     from nanochat.stage import checkpoint_folder, output_folder
-    from nanochat.trainer import find_resume_point
+    from nanochat.training_run import find_resume_point
 
     tag, initial = cfg.model_tag or f"d{cfg.depth}", None
     if cfg.init_from is None:
@@ -298,7 +298,7 @@ def evaluations(
     from nanochat.engine import Engine
     from nanochat.loss_eval import evaluate_bpb
     from nanochat.tokenizer import get_token_bytes
-    from nanochat.trainer import Evaluation
+    from nanochat.training_run import Evaluation
 
     token_bytes = get_token_bytes(world.device, tokenizer)
 

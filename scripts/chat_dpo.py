@@ -61,7 +61,8 @@ def main(cfg: Config) -> None:
     from nanochat.dpo import PairData, PairLoader, Preference, evaluate_pairs
     from nanochat.lora import merge_adapters
     from nanochat.stage import announce, announce_batch, announce_model, finish, output_folder
-    from nanochat.trainer import Evaluation, TrainingPlan, find_resume_point, train
+    from nanochat.trainer import TrainingPlan, train
+    from nanochat.training_run import Evaluation, find_resume_point
 
     with distributed(cfg.device_type) as world:
         precision, compiled = announce(world, cfg.compile, cfg.precision)

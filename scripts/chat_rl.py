@@ -32,6 +32,9 @@ TASKS = ("GSM8K", "SpellingBee", "HumanEval", "SimpleSpelling", "ARC-Easy", "ARC
 class Config(PolicyConfig):
     run: str = option("dummy", "wandb run name; dummy: no wandb")
     device_type: str = option("", "cuda, mps or cpu; empty: the best there is")
+    precision: str = option(
+        "auto", "numbers that are multiplied", choices=("auto", "fp32", "bf16", "fp16", "fp8")
+    )
     source: str = option("sft", "stage whose model to start from", choices=("mid", "sft", "dpo", "rl"))
     model_tag: str | None = option(None, "checkpoint folder to read; default the largest")
     model_step: int | None = option(None, "step of the source model; default the last")
@@ -49,6 +52,7 @@ class Config(PolicyConfig):
     num_updates: int = option(1, "optimizer steps on the same answers")
     clip: float = option(0.0, "a token's probability ratio counts up to 1 +- this (PPO); 0: off")
     kl: float = option(0.0, "weight of the divergence from the source model, which is kept in memory; 0: off")
+    clip_norm: float = option(0.0, "clip the gradient to this norm; 0: off")
     eval_every: int = option(60, "steps between evaluations; -1: off")
     eval_examples: int = option(400, "test questions per evaluation")
     eval_samples: int = option(8, "answers per test question, for pass@1 to pass@8")
@@ -64,10 +68,10 @@ def main(cfg: Config) -> None:
     from nanochat.engine import Engine
     from nanochat.rl import GroupSampler, RLPlan, Surrogate, train_rl
     from nanochat.stage import announce, announce_model, output_folder
-    from nanochat.trainer import find_resume_point
+    from nanochat.training_run import Evaluation, find_resume_point
 
     with distributed(cfg.device_type) as world:
-        precision, _ = announce(world, "off")  # the shapes change with every batch of answers
+        precision, _ = announce(world, "off", cfg.precision)  # the shapes change with every batch of answers
         if cfg.examples_per_step % world.size:
             raise UserError(
                 f"--examples-per-step={cfg.examples_per_step} is not a multiple of {world.size} ranks"
@@ -95,26 +99,30 @@ def main(cfg: Config) -> None:
         optimizer = make_policy_optimizer(cfg, model, source, world)
         print0(f"{num_steps} steps of {cfg.examples_per_step} questions x {cfg.num_samples} answers")
         engine = Engine(model, tokenizer, max_batch=max(cfg.num_samples, 64))
+
+        def evaluate(step: int) -> dict:
+            return pass_at_k(cfg, engine, tokenizer, test_task, world)
+
         plan = RLPlan(
+            stage="rl",
             directory=directory,
             schedule=schedule,
             settings=as_dict(cfg),
             run=cfg.run,
-            examples_per_step=cfg.examples_per_step,
-            device_batch_size=cfg.device_batch_size,
-            eval_every=cfg.eval_every,
+            project="nanochat-rl",
+            evaluations=(Evaluation(cfg.eval_every, evaluate, at_start=True),),
             save_every=cfg.save_every,
             keep_last=cfg.keep_last,
+            clip_norm=cfg.clip_norm,
+            extra_meta={"device_batch_size": cfg.device_batch_size},
+            examples_per_step=cfg.examples_per_step,
+            device_batch_size=cfg.device_batch_size,
             surrogate=Surrogate(cfg.num_updates, cfg.clip, cfg.kl, reference),
         )
         sampler = GroupSampler(
             engine, tokenizer, cfg.num_samples, cfg.max_new_tokens, cfg.temperature, cfg.top_k
         )
-
-        def evaluate() -> dict[str, float]:
-            return pass_at_k(cfg, engine, tokenizer, test_task, world)
-
-        train_rl(plan, world, model, tokenizer, optimizer, train_task, sampler, evaluate, resume_from)
+        train_rl(plan, world, model, tokenizer, optimizer, train_task, sampler, resume_from)
 
 
 def questions(name: str) -> tuple[Task, Task]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from nanochat.common import World
     from nanochat.gpt import GPT
     from nanochat.tokenizer import RustBPETokenizer
-    from nanochat.trainer import Evaluation
+    from nanochat.training_run import Evaluation
     from tasks.common import TaskMixture
 
 
@@ -80,7 +80,7 @@ def mixture(cfg: Config) -> tuple[TaskMixture, TaskMixture]:
 def chatcore_evaluation(cfg: Config, model: GPT, tokenizer: RustBPETokenizer, world: World) -> Evaluation:
     """All chat tasks, shortened by the limits."""
     from nanochat.engine import Engine
-    from nanochat.trainer import Evaluation
+    from nanochat.training_run import Evaluation
     from tasks.chat_eval import ALL_TASKS, CATEGORICAL_TASKS, EvalOptions, chat_core, run_chat_eval
 
     def measure(step: int) -> dict:

@@ -135,6 +135,30 @@ def test_keep_last_and_delete(tiny_run, model, capsys):
     assert cm.list_steps(directory) == [] and "steps [2, 3]" in capsys.readouterr().out
 
 
+def test_a_damaged_later_checkpoint_does_not_push_out_the_good_ones(tiny_run, model):
+    for step in (1, 2, 9):
+        directory = save(tiny_run, model, step=step)
+    (directory / "model_000009.pt").write_bytes(b"cut")
+    save(tiny_run, model, step=3, keep_last=1)
+    assert cm.newest_good_step(directory) == 3 and cm.list_steps(directory) == [3, 9]
+    save(tiny_run, model, step=9, keep_last=1)
+    assert cm.newest_good_step(directory) == 9 and cm.list_steps(directory) == [9]
+
+
+def test_what_a_killed_run_left_is_cleared_away(tiny_run, model):
+    for step in (1, 2, 3):
+        directory = save(tiny_run, model, step=step, tokenizer=get_tokenizer())
+    (directory / "meta_000001.json").unlink()  # killed while it was deleting step 1
+    for name in (".model_000004.pt.x7.tmp", "tokenizer/.tokenizer.json.x8.tmp"):
+        (directory / name).write_bytes(b"half")
+    (directory / "optim_000004.pt").write_bytes(b"whole, but killed before the meta file")
+    cm.remove_leftovers(directory)
+    assert not list(directory.rglob(".*.tmp"))
+    save(tiny_run, model, step=5, keep_last=2)
+    assert cm.list_steps(directory) == [3, 5] and not (directory / "model_000001.pt").exists()
+    assert (directory / "optim_000004.pt").exists()  # not older than what is kept
+
+
 @pytest.mark.parametrize("edit", [{"imported_from": {"format": "upstream"}}, {"files": None}])
 def test_what_no_run_made_is_not_deleted(tiny_run, model, edit):
     directory = save(tiny_run, model)

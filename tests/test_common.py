@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -69,6 +74,93 @@ def test_dist_info_needs_all_three_variables(monkeypatch):
     assert common.get_dist_info() == (False, 0, 0, 1)
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert common.get_dist_info() == (True, 3, 1, 4)
+
+
+PEER = """
+from dataclasses import dataclass
+import torch
+from nanochat.common import distributed
+from nanochat.configurator import run
+
+@dataclass(frozen=True)
+class Config: ...
+
+def main(cfg):
+    with distributed("cpu") as world:
+        for step in range(10**9):
+            world.sum(torch.ones(1))
+            if step == 100:
+                print("going", flush=True)
+
+run(Config, main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("blow", "said"),
+    [
+        (signal.SIGSTOP, "error: rank 0 waited 10 s for another rank, which hangs or whose machine is gone"),
+        (signal.SIGKILL, "error: rank 0 lost another rank, whose own output says why"),
+    ],
+)
+def test_a_rank_that_hangs_or_dies_ends_the_others_with_one_clear_line(blow, said):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = os.environ | {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NANOCHAT_PEER_TIMEOUT": "10",
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", PEER], env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        for rank in ranks:
+            assert rank.stdout is not None and rank.stdout.readline() == "going\n"
+        ranks[1].send_signal(blow)
+        struck = time.monotonic()
+        _, errors = ranks[0].communicate(timeout=120)
+        assert ranks[0].returncode == 2 and time.monotonic() - struck < 60
+        assert said in errors and "start again with the same command" in errors and "Traceback" not in errors
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+
+
+def test_the_patience_with_other_ranks_is_a_number_of_seconds(monkeypatch):
+    monkeypatch.delenv("NANOCHAT_PEER_TIMEOUT", raising=False)
+    assert common.peer_timeout_s() == 1800
+    monkeypatch.setenv("NANOCHAT_PEER_TIMEOUT", "0.5")
+    assert common.peer_timeout_s() == 0.5
+    for wrong in ("soon", "-1", "nan"):
+        monkeypatch.setenv("NANOCHAT_PEER_TIMEOUT", wrong)
+        with pytest.raises(UserError, match="is not a number of seconds"):
+            common.peer_timeout_s()
+
+
+def test_one_process_holds_a_folder_until_it_ends(tmp_path):
+    code = "import sys, time; from pathlib import Path; from nanochat.common import exclusive\n"
+    code += f"with exclusive(Path({str(tmp_path)!r})): print('held', flush=True); time.sleep(100)"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    for _ in range(2):
+        with (
+            pytest.raises(UserError, match=rf"another run is at work in .* \(process {holder.pid}\)"),
+            common.exclusive(tmp_path),
+        ):
+            pass
+    with common.exclusive(tmp_path, wanted=False):
+        pass
+    holder.kill()
+    holder.communicate()
+    with common.exclusive(tmp_path):
+        pass
 
 
 def test_compute_dtype(monkeypatch):

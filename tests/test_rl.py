@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from nanochat.checkpoint_manager import Checkpoint, list_steps
 from nanochat.common import UserError
 from nanochat.engine import Completion
 from nanochat.metrics import read_metrics
 from nanochat.rl import Group, Surrogate, log_probabilities, policy_batch
+from tests.easy_reward import is_even
 from tests.toy_model import random_model
-from tests.training import run_here, weights
+from tests.training import largest_difference, run_here, weights
 
 
 @pytest.fixture(autouse=True)
@@ -114,15 +118,18 @@ def test_equal_rewards_leave_the_weights_alone(tiny_run):
     assert [e["informative_groups"] for e in events] == [0.0, 0.0]
 
 
-def test_several_clipped_updates_with_a_reference_run_and_change_the_weights(tiny_run, monkeypatch):
-    """Whether the answer has an even number of characters: an untrained model is right about half of the time."""
-    from tasks.gsm8k import GSM8K
-
-    monkeypatch.setattr(GSM8K, "reward", lambda self, conversation, text: float(len(text) % 2 == 0))
+@pytest.fixture
+def rewarded(tiny_run, monkeypatch):
+    """A base folder with a model after mid-training that is right about half of the time."""
+    monkeypatch.setattr("tasks.gsm8k.GSM8K.reward", is_even)
     run_here("base_train", num_iterations=1, eval_every=-1)
     run_here("mid_train", num_iterations=1, eval_every=-1)
+    return tiny_run
+
+
+def test_several_clipped_updates_with_a_reference_run_and_change_the_weights(rewarded):
     run_here("chat_rl", source="mid", eval_every=-1, num_updates=2, clip=0.2, kl=0.1)
-    before, after = (weights(tiny_run / f"{stage}_checkpoints" / "t") for stage in ("mid", "chatrl"))
+    before, after = (weights(rewarded / f"{stage}_checkpoints" / "t") for stage in ("mid", "chatrl"))
     assert any(not torch.equal(before[name], after[name]) for name in before)
     with pytest.raises(UserError, match="changes nothing with --num-updates=1"):
         run_here("chat_rl", source="mid", clip=0.2)
@@ -135,3 +142,42 @@ def test_a_run_that_is_rewarded_for_unit_tests(tiny_run, capsys):
     shown = capsys.readouterr().out
     assert "pass@1 0.0000" in shown and "pass@2 0.0000" in shown
     assert "Data: questions: 4\n" in shown and "Data: groups_skipped: 4\n" in shown
+
+
+def test_precision_and_clipping_reach_the_update(rewarded):
+    found, norms = {}, {}
+    for name, flags in {
+        "exact": {}, "loose": {"clip_norm": 1e3}, "tight": {"clip_norm": 1e-4}, "fp16": {"precision": "fp16"},
+    }.items():  # fmt: skip
+        run_here("chat_rl", source="mid", eval_every=-1, num_iterations=1, output_tag=name, **flags)
+        directory = rewarded / "chatrl_checkpoints" / name
+        found[name] = weights(directory)
+        norms[name] = read_metrics(directory / "metrics.jsonl")[0]["train/grad_norm"]
+    assert min(norms.values()) > 1e-3
+    assert largest_difference(found["exact"], found["loose"]) == 0
+    assert largest_difference(found["exact"], found["tight"]) > 0
+    state = Checkpoint.open(rewarded / "chatrl_checkpoints" / "fp16", 1).meta["loop_state"]
+    assert state["loss_scale"] == 2.0**16 and state["skipped_steps"] == 0
+    assert all(tensor.dtype == torch.float32 for tensor in found["fp16"].values())
+
+
+def test_updates_that_are_not_finite_are_skipped_and_end_the_run_with_a_saved_state(rewarded, monkeypatch):
+    from nanochat import rl
+
+    whole = rl.log_probabilities
+    monkeypatch.setattr(rl, "log_probabilities", lambda *inputs: whole(*inputs) * math.nan)
+    monkeypatch.setattr("nanochat.training_run.MAX_SKIPPED_IN_A_ROW", 2)
+    with pytest.raises(UserError, match="2 steps in a row gave no usable loss"):
+        run_here("chat_rl", source="mid", eval_every=-1, num_iterations=9)
+    directory = rewarded / "chatrl_checkpoints" / "t"
+    assert list_steps(directory) == [2]
+    before, after = weights(rewarded / "mid_checkpoints" / "t"), weights(directory)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_other_settings_do_not_continue_a_run(rewarded):
+    run_here("chat_rl", source="mid", eval_every=-1, num_iterations=1)
+    with pytest.raises(UserError, match=r"num_steps 1, not 2.*--resume=never"):
+        run_here("chat_rl", source="mid", eval_every=-1, num_iterations=2)
+    with pytest.raises(UserError, match=r"examples_per_step 4, not 2.*--resume=never"):
+        run_here("chat_rl", source="mid", eval_every=-1, num_iterations=1, examples_per_step=2)

@@ -77,6 +77,57 @@ def test_micro_batches_add_up_to_one_batch(tiny_run, arch):
         assert largest_difference(weights(whole), weights(split)) < 1e-4
 
 
+def gradients(directory) -> list[torch.Tensor]:
+    """Of the first step of a fresh optimizer, but for a factor: its first moments."""
+    state = Checkpoint.open(directory, 1).optimizer_state()
+    assert state is not None
+    names = ("exp_avg", "momentum_buffer")
+    return [entry[name] for entry in state["state"].values() for name in names if name in entry]
+
+
+def assert_same_gradients(ours, theirs):
+    for a, b in zip(gradients(ours), gradients(theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(b.abs().max().item(), 1e-3))
+
+
+def test_the_split_into_micro_batches_does_not_change_the_gradient(tiny_run):
+    """With the mask of SFT every micro-batch has another number of targets."""
+    run_here("base_train", num_iterations=2, eval_every=-1)
+    folders = {rows: tiny_run / "chatsft_checkpoints" / f"rows{rows}" for rows in (1, 2, 8)}
+    for rows, directory in folders.items():
+        run_here(
+            "chat_sft", source="base", device_batch_size=rows, num_iterations=1, eval_every=-1,
+            load_optimizer=False, output_tag=directory.name,
+        )  # fmt: skip
+    for rows in (1, 2):
+        assert losses(folders[rows]) == pytest.approx(losses(folders[8]), rel=1e-5)
+        assert_same_gradients(folders[rows], folders[8])
+
+
+def test_micro_batches_without_targets_add_nothing_among_others(tiny_run, monkeypatch):
+    from nanochat.dataloader import PretrainLoader
+
+    following, count = PretrainLoader.__next__, iter(range(10**6))
+
+    def every_second(self):
+        inputs, targets = following(self)
+        return inputs, targets if next(count) % 2 == 0 else torch.full_like(targets, -1)
+
+    def only_those(self):
+        batch = following(self)
+        following(self)
+        return batch
+
+    flags = {"num_iterations": 1, "eval_every": -1}
+    monkeypatch.setattr(PretrainLoader, "__next__", every_second)
+    run_here("base_train", model_tag="gaps", total_batch_size=512, **flags)
+    monkeypatch.setattr(PretrainLoader, "__next__", only_those)
+    run_here("base_train", model_tag="whole", total_batch_size=256, **flags)
+    gaps, whole = (tiny_run / "base_checkpoints" / tag for tag in ("gaps", "whole"))
+    assert losses(gaps) == pytest.approx(losses(whole), rel=1e-6)
+    assert_same_gradients(gaps, whole)
+
+
 def test_a_damaged_newest_checkpoint_is_named_and_passed_over(tiny_run, capsys):
     run_here("base_train", save_every=3)
     directory = tiny_run / "base_checkpoints" / "t"
@@ -102,6 +153,8 @@ def test_other_settings_do_not_continue_a_run(tiny_run):
         run_here("base_train", num_iterations=8)
     with pytest.raises(UserError, match="not the one that the flags describe: n_layer 2 instead of 3"):
         run_here("base_train", depth=3)
+    with pytest.raises(UserError, match=r"--resume=5 cannot be done: .*meta_000005.json does not exist"):
+        run_here("base_train", resume="5")
     run_here("base_train", num_iterations=2, resume="never")
     assert list_steps(tiny_run / "base_checkpoints" / "t") == [2]
 
@@ -110,7 +163,7 @@ def test_non_finite_losses_are_skipped_and_end_the_run(tiny_run, monkeypatch):
     from nanochat.gpt import GPT
 
     monkeypatch.setattr(GPT, "_loss", lambda self, x, targets, reduction: x.sum() * math.nan)
-    monkeypatch.setattr("nanochat.trainer.MAX_SKIPPED_IN_A_ROW", 3)
+    monkeypatch.setattr("nanochat.training_run.MAX_SKIPPED_IN_A_ROW", 3)
     with pytest.raises(UserError, match="3 steps in a row gave no usable loss"):
         run_here("base_train", eval_every=-1)
     directory = tiny_run / "base_checkpoints" / "t"
