@@ -43,7 +43,7 @@ class Config:
     device_type: str = option("", "cuda, mps or cpu; empty: the best there is")
     compile: str = option("auto", "compile the step", choices=("auto", "on", "off"))
     precision: str = option(
-        "auto", "numbers that are multiplied", choices=("auto", "fp32", "bf16", "fp16", "fp8")
+        "auto", "numbers that are multiplied", choices=("auto", "fp32", "bf16", "fp16", "fp8", "mxfp4")
     )
     # model
     arch: str = option("modern", "architecture", choices=("modern", "classic"))

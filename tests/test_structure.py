@@ -23,7 +23,7 @@ TRAINING_NEEDS = {"torch", "numpy", "pyarrow", "tiktoken", "rustbpe", "nanochat"
 LIBRARY_LAYERS = [
     {"common", "configurator"},
     {"tokenizer", "tokenizer_base", "tokenizer_hf", "tokenizer_files", "conversation", "tinyworld", "hub", "dataset", "packing", "prefetch", "document_reader", "dataloader", "chat_loader"},
-    {"gpt", "kv_cache", "flash_attention", "muon", "sharding", "optim", "scaling", "schedule", "compilation", "batch_fit", "fp8", "head_loss", "precision", "config_versions"},
+    {"gpt", "kv_cache", "flash_attention", "muon", "sharding", "optim", "scaling", "schedule", "compilation", "batch_fit", "fp8", "mxfp4", "head_loss", "precision", "config_versions"},
     {"checkpoint_manager", "metrics", "trainer"},
     {"calculator", "execution", "sandbox_harness", "sampling", "row_cache", "prefix_store", "requests", "scheduler", "engine", "serve"},
 ]  # fmt: skip
