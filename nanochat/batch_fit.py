@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from nanochat.gpt import GPT
     from nanochat.optim import MuonAdamW
 
-_MEMORY_SHARE = 0.92  # of what is free; the rest is fragmentation and what evaluations need on top
+MEMORY_SHARE = 0.92  # of what is free; the rest is fragmentation and what evaluations need on top
 _GROWTH = 1.4  # from one candidate to the next at least
 _SLOWER = 1.05  # a candidate that costs so much more per row than the best one ends the search
 _AS_FAST = 1.02  # within measuring noise; then the larger one is taken
@@ -90,7 +90,7 @@ def fit_batch(model: GPT, optimizer: MuonAdamW, world: World, seq_len: int, tota
     Raises UserError if the total does not divide by ranks and tokens, or not even one row fits.
     """
     rows = candidates(accumulation_steps(total_batch_size, 1, seq_len, world.size))
-    limit = -_largest(world, -_MEMORY_SHARE * memory_for_this_process(world.device))
+    limit = -_largest(world, -MEMORY_SHARE * memory_for_this_process(world.device))
     for recompute in (False, True) if not model.recompute else (True,):
         model.recompute = recompute
         start = _largest(world, peak_memory_bytes(world.device))

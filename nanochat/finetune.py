@@ -55,7 +55,7 @@ class FinetuneConfig(LoraConfig):
     device_type: str = option("", "cuda, mps or cpu; empty: the best there is")
     compile: str = option("auto", "compile the step", choices=("auto", "on", "off"))
     precision: str = option(
-        "auto", "numbers that are multiplied", choices=("auto", "fp32", "bf16", "fp16", "fp8")
+        "auto", "numbers that are multiplied", choices=("auto", "fp32", "bf16", "fp16", "fp8", "mxfp4")
     )
     source: str = option("base", "stage whose model to start from", choices=("base", "mid", "sft"))
     model_tag: str | None = option(None, "checkpoint folder to read; default the largest")

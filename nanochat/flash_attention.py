@@ -1,13 +1,14 @@
 """Causal attention with a sliding window, for training and for decoding with a cache.
 
 Every backend gets (B, T, H, D) tensors. A window w lets a position see itself and the w before it;
-w < 0 is unlimited. Flash Attention 3 is used on GPUs that run it, otherwise torch's own kernels.
+w < 0 is unlimited. On GPUs the first of Flash Attention 3, Flash Attention 2, flex and torch's own kernels that
+runs when tried once is used (NANOCHAT_ATTN names another); everywhere else torch's own.
 """
 
 from __future__ import annotations
 
-import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,14 +16,19 @@ import torch.nn.functional as F
 
 from nanochat.common import UserError
 
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
     """Attention of a whole sequence to itself. q (B, T, H, D), k and v (B, T, Hkv, D) -> (B, T, H, D)."""
-    if q.is_cuda and (flash3 := _flash3(q.dtype)) is not None:
-        return flash3.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
-    length = q.size(1)
-    if q.device.type == "cpu" and length <= CPU_MATERIALISE_UP_TO:
+    if q.device.type == "cpu" and q.size(1) <= CPU_MATERIALISE_UP_TO:
         return _cpu_attention(q, k, v, window)
+    _, attend = backend(q.device, q.dtype)
+    return attend(q, k, v, window)
+
+
+def _torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+    length = q.size(1)
     if 0 <= window < length - 1:
         return _sdpa(q, k, v, mask=_visible(length, window, q.device))
     return _sdpa(q, k, v, is_causal=True)
@@ -98,34 +104,125 @@ def _cpu_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: in
     return y.transpose(1, 2)
 
 
+# --- other kernels -----------------------------------------------------------------------------------
+
+
+def _load_fa3() -> Attend:
+    import flash_attn_interface  # pyright: ignore[reportMissingImports]
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+        y = flash_attn_interface.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
+        return y[0] if isinstance(y, tuple) else y  # early releases also return the sums
+
+    return attend
+
+
+def _load_fa2() -> Attend:
+    from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+        return flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
+
+    return attend
+
+
+def _load_flex() -> Attend:
+    """flex makes a kernel that skips what a window hides, where torch's own would compute all and mask it.
+
+    It compiles for each length, so only training's rows go through it; full attention stays with torch's kernel.
+    """
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+        length = q.size(1)
+        if not 0 <= window < length - 1 or length % _FLEX_BLOCK or not torch.is_grad_enabled():
+            return _torch_attention(q, k, v, window)
+        run = flex_attention if torch.compiler.is_compiling() else compiled
+        return run(q, k, v, window)
+
+    return attend
+
+
+_FLEX_BLOCK = 128
+
+
+def flex_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+    """causal_attention by torch's flex attention. Uncompiled it is correct, but holds all scores."""
+    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import flex_attention as flex
+
+    def visible(b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (key <= query) & (query - key <= window) if window >= 0 else key <= query
+
+    length = q.size(1)
+    mask = create_block_mask(visible, None, None, length, length, device=str(q.device))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = flex(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
+    assert isinstance(y, torch.Tensor)
+    return y.transpose(1, 2)
+
+
 # --- choosing the backend ----------------------------------------------------------------------------
 
+_LOADERS: dict[str, tuple[str, Callable[[], Attend]]] = {
+    "fa3": ("Flash Attention 3", _load_fa3),
+    "fa2": ("Flash Attention 2", _load_fa2),
+    "flex": ("flex attention for windows, else torch SDPA", _load_flex),
+    "sdpa": ("torch SDPA", lambda: _torch_attention),
+}
 
-@functools.cache
-def _flash3(dtype: torch.dtype):
-    """The Flash Attention 3 module if it is installed and runs here, else None."""
-    wanted = os.environ.get("NANOCHAT_ATTN", "auto")
-    if wanted not in ("auto", "fa3", "sdpa"):
-        raise UserError(f"NANOCHAT_ATTN={wanted!r} is unknown; use auto, fa3 or sdpa")
-    if wanted == "sdpa" or dtype != torch.bfloat16:
-        return None
-    try:
-        import flash_attn_interface  # pyright: ignore[reportMissingImports]
 
-        probe = torch.zeros(1, 16, 1, 64, dtype=dtype, device="cuda")
-        flash_attn_interface.flash_attn_func(probe, probe, probe, causal=True, window_size=(8, 0))
-        return flash_attn_interface
-    except (ImportError, RuntimeError) as error:
-        if wanted == "fa3":
-            raise UserError(f"NANOCHAT_ATTN=fa3, but Flash Attention 3 does not run here: {error}") from None
-        return None
+def backend(device: torch.device, dtype: torch.dtype) -> tuple[str, Attend]:
+    """What attention runs on for a device and dtype, with the reason, and the function; chosen once.
+
+    Raises UserError if NANOCHAT_ATTN names something unknown or something that does not run here.
+    """
+    key = (device.type, dtype)
+    if key not in _CHOSEN:
+        # Called while compiling, the trial would become a part of the graph.
+        assert not torch.compiler.is_compiling(), "call describe_backend before compiling"
+        _CHOSEN[key] = _choose(device, dtype, os.environ.get("NANOCHAT_ATTN", "auto"))
+    return _CHOSEN[key]
+
+
+_CHOSEN: dict[tuple[str, torch.dtype], tuple[str, Attend]] = {}
+
+
+def _choose(device: torch.device, dtype: torch.dtype, wanted: str) -> tuple[str, Attend]:
+    if wanted not in ("auto", *_LOADERS):
+        raise UserError(f"NANOCHAT_ATTN={wanted!r} is unknown; use auto, {', '.join(_LOADERS)}")
+    automatic = tuple(_LOADERS) if device.type == "cuda" else ("sdpa",)
+    failures = []
+    for name in automatic if wanted == "auto" else (wanted,):
+        title, load = _LOADERS[name]
+        try:
+            attend = load()
+            if name != "sdpa":
+                _try(attend, device, dtype)
+        except Exception as error:  # kernels and compilers fail in ways of their own
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            failures.append(f"{title}: {lines[0][:100]}")
+            continue
+        why = f"; {'; '.join(failures)}" if failures else ""
+        return f"{title} ({device.type}, {str(dtype)[6:]}{why})", attend
+    raise UserError(f"NANOCHAT_ATTN={wanted} does not run here: {failures[0]}; use NANOCHAT_ATTN=auto")
+
+
+def _try(attend: Attend, device: torch.device, dtype: torch.dtype) -> None:
+    """One forward and backward pass on a short row with a window; raises whatever goes wrong."""
+    q, k, v = (
+        torch.zeros(1, 2 * _FLEX_BLOCK, heads, 64, dtype=dtype, device=device, requires_grad=True)
+        for heads in (2, 1, 1)
+    )
+    with torch.enable_grad():
+        torch.autograd.grad(attend(q, k, v, _FLEX_BLOCK // 2).sum(), (q, k, v))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def describe_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """Which attention kernel a device gets and why, for the log."""
-    if device.type != "cuda":
-        written_out = f"products and softmax written out up to {CPU_MATERIALISE_UP_TO} tokens, then "
-        return (written_out if device.type == "cpu" else "") + f"torch SDPA ({device.type})"
-    if _flash3(dtype) is not None:
-        return f"Flash Attention 3 ({torch.cuda.get_device_name(device)}, {str(dtype)[6:]})"
-    return "torch SDPA (Flash Attention 3 is not installed, does not run here, or the dtype is not bf16)"
+    """Which attention kernel a device gets and why, for the log. Tries them, so call it before compiling."""
+    description, _ = backend(device, dtype)
+    if device.type == "cpu":
+        return f"products and softmax written out up to {CPU_MATERIALISE_UP_TO} tokens, then {description}"
+    return description

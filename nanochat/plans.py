@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from nanochat.common import UserError, peak_flops
 from nanochat.environment import Gpu
+from nanochat.memory import training_bytes
 from nanochat.pipeline import Plan, Stage
 from nanochat.plots import STAGE_FOLDERS
 from nanochat.report_render import format_bytes
@@ -27,7 +28,6 @@ from nanochat.sizing import (
     ratio_horizon,
     scaling_parameters,
     shards_needed,
-    training_bytes,
 )
 
 _MEMORY_SHARE = 0.92  # of a GPU's memory; the rest is the CUDA context and fragmentation
@@ -274,7 +274,7 @@ def cpu_plan() -> Plan:
         *_tuning_rows(300, tuning, f"{tuning} --chatcore-every=-1", "--max-new-tokens=128 --max-problems=20"),
     ]
     facts = model_facts(shape, horizon) | {
-        "memory": f"about {format_bytes(training_bytes(shape, 32, 1, compute_bytes=4))}",
+        "memory": f"about {format_bytes(training_bytes(shape, 32, 1, on_gpu=False))}",
         "data": "hub, 8 shards",
     }
     disk = 9 * SHARD_BYTES + 3 * checkpoint_bytes(shape)
@@ -339,7 +339,7 @@ def tinyworld_plan(why: str, cores: int = 2, seed: int = 0) -> Plan:
     # A model this small uses further cores badly: twice the steps on 8, three times on 18 and beyond.
     steps = round(TINY_STEPS * min(3.0, math.sqrt(max(1.0, cores / 2))))
     facts = model_facts(TINY, Horizon(steps, TINY_BATCH, 1.0, 1.0, "--num-iterations")) | {
-        "memory": f"about {format_bytes(training_bytes(TINY, TINY_ROWS, 1, compute_bytes=4) + 500e6)}",
+        "memory": f"about {format_bytes(training_bytes(TINY, TINY_ROWS, 1, on_gpu=False) + 500e6)}",
         "data": f"tinyworld, {TINY_CHARS:,} characters, seed {seed}",
         "cores": str(cores),
     }

@@ -12,6 +12,7 @@ import torch
 from nanochat.common import UserError, compute_dtype
 from nanochat.fp8 import convert_to_float8, supports_fp8
 from nanochat.gpt import GPT
+from nanochat.mxfp4 import convert_to_mxfp4
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
@@ -23,32 +24,36 @@ _GOOD_STEPS = 2000
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """What a run computes in. fp8: the large matrices of the blocks; everything else is in `dtype`."""
+    """What a run computes in. blocks: "fp8" or "mxfp4" for the matrices of the blocks; all else is in `dtype`."""
 
     dtype: torch.dtype
-    fp8: bool
+    blocks: str
     why: str
 
     def apply(self, model: GPT) -> str:
         """Convert the layers that need it, after the weights are set and before compiling; says what it did."""
-        if not self.fp8:
+        if not self.blocks:
             return f"{str(self.dtype)[6:]} ({self.why})"
         # The head stays: its products are made inside the loss, chunk by chunk.
-        converted, total = convert_to_float8(model.transformer)
-        return f"fp8 in {converted} of {total} layers of the blocks, else bfloat16 ({self.why})"
+        convert = convert_to_float8 if self.blocks == "fp8" else convert_to_mxfp4
+        converted, total = convert(model.transformer)
+        return f"{self.blocks} in {converted} of {total} layers of the blocks, else {str(self.dtype)[6:]} ({self.why})"
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:
     """Resolve --precision for a device. Raises UserError where the device has no such products."""
     if name == "auto":
         dtype, why = compute_dtype(device)
-        return Precision(dtype, False, why)
+        return Precision(dtype, "", why)
     if name == "fp8":
         has_fp8, why = supports_fp8(device)
         if not has_fp8:
             raise UserError(f"--precision=fp8, but {why}; use --precision=auto")
-        return Precision(_DTYPES[name], True, why)
-    return Precision(_DTYPES[name], False, f"--precision={name}")
+        return Precision(_DTYPES[name], name, why)
+    if name == "mxfp4":
+        dtype, why = compute_dtype(device)
+        return Precision(dtype, name, f"emulated; {why}")
+    return Precision(_DTYPES[name], "", f"--precision={name}")
 
 
 def first_loss_scale(dtype: torch.dtype) -> float:

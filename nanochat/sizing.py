@@ -1,4 +1,4 @@
-"""Sizes that follow from a model's shape by arithmetic alone: parameters, FLOPs, horizon, memory, disk.
+"""Sizes that follow from a model's shape by arithmetic alone: parameters, FLOPs, horizon, disk.
 
 Plans and dry runs use these formulas, so that they answer at once and allocate nothing. Tests hold them
 against the tables of published sizes and against a real model.
@@ -22,6 +22,8 @@ class Shape:
     aspect_ratio: int = 64
     head_dim: int = 128
     window_pattern: str = "SSSL"
+    kv_heads: int = 0  # 0: as many as query heads
+    arch: str = "modern"
 
     @property
     def width(self) -> int:
@@ -32,20 +34,26 @@ class Shape:
         return self.width // self.head_dim
 
     @property
+    def kv_width(self) -> int:
+        return (self.kv_heads or self.num_heads) * self.head_dim
+
+    @property
     def padded_vocab_size(self) -> int:
         return 64 * math.ceil(self.vocab_size / 64)
 
 
 def parameters(shape: Shape) -> dict[str, int]:
-    """Parameters of the modern architecture by group, and their total."""
-    d, table = shape.width, shape.padded_vocab_size * shape.width
-    value_layers = math.ceil(shape.depth / 2)
+    """Parameters by group, and their total."""
+    d, kv, modern = shape.width, shape.kv_width, shape.arch == "modern"
+    table = shape.padded_vocab_size * d
+    value_layers = math.ceil(shape.depth / 2) if modern else 0
+    gates = value_layers * (kv // shape.head_dim) * 12
     groups = {
         "wte": table,
-        "value_embeds": value_layers * table,
+        "value_embeds": value_layers * shape.padded_vocab_size * kv,
         "lm_head": table,
-        "transformer_matrices": shape.depth * 12 * d * d + value_layers * shape.num_heads * 12,
-        "scalars": 2 * shape.depth + 26,  # residual scales, smear and backout
+        "transformer_matrices": shape.depth * (10 * d * d + 2 * d * kv) + gates,
+        "scalars": 2 * shape.depth + 26 if modern else 0,  # residual scales, smear and backout
     }
     return groups | {"total": sum(groups.values())}
 
@@ -60,7 +68,7 @@ def windows(shape: Shape) -> list[int]:
     """Attention window of each layer in tokens; the last layer always sees everything."""
     length = shape.sequence_len
     short = 128 * math.ceil(math.ceil(length / 4) / 128)
-    pattern = shape.window_pattern.upper()
+    pattern = shape.window_pattern.upper() if shape.arch == "modern" else "L"
     sizes = [short if pattern[i % len(pattern)] == "S" else length for i in range(shape.depth)]
     return [*sizes[:-1], length]
 
@@ -80,23 +88,6 @@ def ratio_horizon(shape: Shape, ratio: float) -> Horizon:
         flops_per_token(shape),
         param_data_ratio=ratio,
     )
-
-
-def training_bytes(shape: Shape, rows: int, world_size: int, compute_bytes: int = 2) -> int:
-    """Estimated peak memory per rank for micro-batches of `rows` sequences.
-
-    Weights and gradients are fp32; Adam keeps two fp32 moments per embedding parameter, Muon one per matrix
-    parameter, both shared among ranks. Activations: 28 values per token, layer and channel survive to the
-    backward pass, and 9 bytes per logit. With these constants depth 24 with 16 rows fits 80 GB and 32 rows
-    do not, and depth 32 needs 8: what upstream found on 80 GB cards.
-    """
-    groups = parameters(shape)
-    matrices = groups["transformer_matrices"]
-    moments = (8 * (groups["total"] - matrices) + 4 * matrices) // world_size
-    tokens = rows * shape.sequence_len
-    activations = tokens * shape.depth * shape.width * 14 * compute_bytes
-    logits = tokens * shape.padded_vocab_size * 9
-    return 8 * groups["total"] + moments + activations + logits
 
 
 def checkpoint_bytes(shape: Shape) -> int:

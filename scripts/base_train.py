@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nanochat.optim import MuonAdamW
     from nanochat.scaling import Horizon
     from nanochat.schedule import Schedule
+    from nanochat.sizing import Shape
     from nanochat.tokenizer import RustBPETokenizer
     from nanochat.training_run import Evaluation
 
@@ -40,10 +41,13 @@ PROMPTS = (
 @dataclass(frozen=True)
 class Config:
     run: str = option("dummy", "wandb run name; dummy: no wandb")
+    dry_run: bool = option(
+        False, "print sizes, expected memory, time and cost, and stop; without a tokenizer for 32,768 tokens"
+    )
     device_type: str = option("", "cuda, mps or cpu; empty: the best there is")
     compile: str = option("auto", "compile the step", choices=("auto", "on", "off"))
     precision: str = option(
-        "auto", "numbers that are multiplied", choices=("auto", "fp32", "bf16", "fp16", "fp8")
+        "auto", "numbers that are multiplied", choices=("auto", "fp32", "bf16", "fp16", "fp8", "mxfp4")
     )
     # model
     arch: str = option("modern", "architecture", choices=("modern", "classic"))
@@ -106,19 +110,24 @@ def main(cfg: Config) -> None:
     from nanochat.common import distributed, print0
     from nanochat.dataloader import PretrainLoader
     from nanochat.scaling import accumulation_steps
+    from nanochat.sizing import scaling_parameters
     from nanochat.stage import announce, announce_batch, announce_model, finish
     from nanochat.tokenizer import get_tokenizer
     from nanochat.trainer import TrainingPlan, train
 
     with distributed(cfg.device_type, cfg.seed) as world:
         precision, compiled = announce(world, cfg.compile, cfg.precision)
+        if cfg.dry_run:
+            dry_run(cfg, world, precision.dtype, compiled)
+            return
         directory, initial, resume_from = find_start(cfg, world)
         origin = resume_from or initial
         tokenizer = get_tokenizer() if origin is None else origin.tokenizer()
         model = start_model(cfg, origin, tokenizer.get_vocab_size(), world.device, precision.dtype)
         announce_model(model, precision)
 
-        horizon = plan_run(cfg, model)
+        shape = shape_of(cfg, model.config.vocab_size)
+        horizon = plan_run(cfg, shape)
         length, total = cfg.max_seq_len, horizon.total_batch_size
         print0(f"horizon: {horizon.num_steps:,} steps, {horizon.num_tokens:,} tokens (from {horizon.source})")
         schedule = make_schedule(cfg, horizon)
@@ -157,12 +166,20 @@ def main(cfg: Config) -> None:
             },
         )
 
+        loaders = []
+
         def make_loader(state: dict | None) -> PretrainLoader:
-            return PretrainLoader(tokenizer, rows, length, "train", world, packing=cfg.packing, state=state)
+            loaders.append(
+                PretrainLoader(tokenizer, rows, length, "train", world, packing=cfg.packing, state=state)
+            )
+            return loaders[-1]
 
         state = train(plan, world, model, tokenizer, optimizer, make_loader, resume_from)
-        ratio = horizon.num_tokens / scaling_params(model)
-        finish("Base model training", plan, world, model, state, {"Tokens : Scaling params ratio": ratio})
+        facts = {
+            "Tokens : Scaling params ratio": horizon.num_tokens / scaling_parameters(shape),
+            "Tokens dropped by packing": f"{100 * loaders[-1].stats()['fraction_dropped']:.1f} %",
+        }
+        finish("Base model training", plan, world, model, state, facts)
 
 
 def find_start(cfg: Config, world: World) -> tuple[Path, Checkpoint | None, Checkpoint | None]:
@@ -233,24 +250,27 @@ def network(cfg: Config, vocab_size: int) -> GPTConfig:
     return GPTConfig.modern(window_pattern=cfg.window_pattern, **sizes)
 
 
-def scaling_params(model: GPT) -> int:
-    counts = model.num_scaling_params()
-    return counts["transformer_matrices"] + counts["lm_head"]
+def shape_of(cfg: Config, vocab_size: int) -> Shape:
+    """The sizes that the flags describe, for arithmetic without a network."""
+    from nanochat.sizing import Shape
+
+    return Shape(
+        cfg.depth, vocab_size, cfg.max_seq_len, cfg.aspect_ratio, cfg.head_dim, cfg.window_pattern, cfg.kv_heads,
+        cfg.arch,
+    )  # fmt: skip
 
 
-def plan_run(cfg: Config, model: GPT) -> Horizon:
+def plan_run(cfg: Config, shape: Shape) -> Horizon:
     """Steps, batch and scale of the learning rates; the 12-layer model with the same flags is the reference."""
     from dataclasses import replace
 
-    from nanochat.gpt import GPT
     from nanochat.scaling import REFERENCE_DEPTH, plan_horizon
+    from nanochat.sizing import flops_per_token, scaling_parameters
 
-    reference_config = network(replace(cfg, depth=REFERENCE_DEPTH), model.config.vocab_size)
-    reference = GPT.build(reference_config, "meta", model.compute_dtype)
     return plan_horizon(
-        scaling_params(model),
-        scaling_params(reference),
-        model.estimate_flops(),
+        scaling_parameters(shape),
+        scaling_parameters(replace(shape, depth=REFERENCE_DEPTH)),
+        flops_per_token(shape),
         num_iterations=cfg.num_iterations,
         target_flops=cfg.target_flops,
         param_data_ratio=cfg.target_param_data_ratio,
@@ -272,6 +292,35 @@ def choose_rows(
         model.recompute = before["recompute"]
         return before["device_batch_size"]  # another one would round differently
     return fit_batch(model, optimizer, world, cfg.max_seq_len, total)
+
+
+def dry_run(cfg: Config, world: World, dtype: torch.dtype, compiled: bool) -> None:
+    """Print what a run with these flags would train and take, without building or writing anything."""
+    from nanochat.batch_fit import MEMORY_SHARE, candidates, memory_for_this_process
+    from nanochat.common import UserError
+    from nanochat.dry_run import describe, fitting_batch
+    from nanochat.memory import Setting
+    from nanochat.scaling import accumulation_steps
+    from nanochat.tokenizer import get_tokenizer
+
+    try:
+        vocab_size = get_tokenizer().get_vocab_size()
+    except UserError:
+        vocab_size = 32768
+    network(cfg, vocab_size)  # raises for sizes that cannot be
+    shape = shape_of(cfg, vocab_size)
+    horizon = plan_run(cfg, shape)
+    setting = Setting(
+        rows=1, world_size=world.size, compute_bytes=dtype.itemsize, on_gpu=world.device.type == "cuda",
+        compiled=compiled, recompute=cfg.recompute,
+    )  # fmt: skip
+    total = horizon.total_batch_size
+    rows = candidates(accumulation_steps(total, 1, cfg.max_seq_len, world.size))
+    if cfg.device_batch_size is not None:
+        rows = [cfg.device_batch_size]
+    limit = MEMORY_SHARE * memory_for_this_process(world.device)
+    batch = fitting_batch(shape, setting, total, rows, limit)
+    describe(shape, horizon, batch, world.size, world.device, dtype, limit)
 
 
 def make_schedule(cfg: Config, horizon: Horizon) -> Schedule:

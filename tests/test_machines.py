@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from nanochat.configurator import parse
-from nanochat.sizing import Shape, ratio_horizon, training_bytes
+from nanochat.memory import training_bytes
+from nanochat.sizing import Shape, ratio_horizon
 from scripts.base_train import Config
 from tests.training import BASE_FLAGS, ROOT, command, largest_difference, weights
 

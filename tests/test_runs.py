@@ -18,8 +18,9 @@ from nanochat import plans
 from nanochat.common import UserError, write_json
 from nanochat.configurator import parse
 from nanochat.environment import Gpu
+from nanochat.memory import training_bytes
 from nanochat.pipeline import Plan
-from nanochat.sizing import Shape, training_bytes
+from nanochat.sizing import Shape
 from scripts import speedrun, sweep
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,6 @@ from nanochat.sizing import (
     ratio_horizon,
     scaling_parameters,
     shards_needed,
-    training_bytes,
     windows,
 )
 
@@ -53,6 +52,8 @@ def test_the_flagship_trains_5568_steps_and_needs_about_170_shards():
     [
         Shape(4, vocab_size=1000, sequence_len=256, head_dim=64, window_pattern="L"),
         Shape(3, vocab_size=512, sequence_len=512, aspect_ratio=32, head_dim=32, window_pattern="SSL"),
+        Shape(4, vocab_size=1000, sequence_len=256, head_dim=64, kv_heads=2),
+        Shape(2, vocab_size=512, sequence_len=64, aspect_ratio=32, head_dim=16, kv_heads=1, arch="classic"),
     ],
 )
 def test_formulas_agree_with_a_real_model(shape):
@@ -60,28 +61,21 @@ def test_formulas_agree_with_a_real_model(shape):
 
     from nanochat.gpt import GPT, GPTConfig
 
-    config = GPTConfig.modern(
+    modern = {"window_pattern": shape.window_pattern} if shape.arch == "modern" else {}
+    config = getattr(GPTConfig, shape.arch)(
         sequence_len=shape.sequence_len, vocab_size=shape.vocab_size, n_layer=shape.depth,
-        n_head=shape.num_heads, n_kv_head=shape.num_heads, n_embd=shape.width,
-        window_pattern=shape.window_pattern,
+        n_head=shape.num_heads, n_kv_head=shape.kv_heads or shape.num_heads, n_embd=shape.width, **modern,
     )  # fmt: skip
     with torch.device("meta"):
         model = GPT(config)
     assert parameters(shape)["total"] == sum(p.numel() for p in model.parameters())
     counted = model.num_scaling_params()
     assert scaling_parameters(shape) == counted["transformer_matrices"] + counted["lm_head"]
-    assert flops_per_token(shape) == pytest.approx(model.estimate_flops(), rel=1e-4)
+    assert flops_per_token(shape) == model.estimate_flops()
 
 
 def test_the_last_window_is_long_and_short_ones_are_a_quarter():
     assert windows(Shape(5)) == [512, 512, 512, 2048, 2048]
-
-
-def test_memory_matches_what_is_known_of_80_gb_cards():
-    card = 0.92 * 80e9
-    assert training_bytes(Shape(24), 16, 8) < card < training_bytes(Shape(24), 32, 8)
-    large = Shape(32, vocab_size=65536)
-    assert training_bytes(large, 8, 8) < 80e9 < training_bytes(large, 16, 8)
 
 
 def test_a_checkpoint_is_at_least_its_fp32_weights():

@@ -197,7 +197,7 @@ def test_clipping_reaches_the_optimizer_and_the_norm_is_logged(tiny_run):
     assert largest_difference(found[0.0], found[1e-4]) > 1e-6
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8", "mxfp4"])
 def test_every_precision_trains_alike(tiny_run, monkeypatch, precision):
     monkeypatch.setattr("nanochat.precision.supports_fp8", lambda device: (True, "torch emulates it"))
     sizes = {"aspect_ratio": 64, "head_dim": 64, "num_iterations": 4, "total_batch_size": 128}

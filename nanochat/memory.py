@@ -1,0 +1,126 @@
+"""How much memory a training step takes at its peak, by kind, from sizes alone.
+
+The peak is in one of two places: where the loss is computed, with all activations alive, or in the optimizer, which
+works on copies of all matrices. Values that uncompiled blocks keep were counted with torch's hooks on saved tensors
+(LOG 2026-11-25); those of compiled ones are an estimate. All sizes are bytes per rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanochat.sizing import Shape, parameters
+
+# As in head_loss.py and flash_attention.py, which import torch.
+CHUNK_LOGITS, CHUNK_LOGITS_CPU = 2**26, 2**21
+CPU_MATERIALISE_UP_TO = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What decides the memory besides the shape."""
+
+    rows: int  # per micro-batch
+    world_size: int = 1
+    accumulation: int = 1  # micro-batches per step; from two on gradients are there in the forward pass
+    compute_bytes: int = 2  # of a number in products and activations
+    on_gpu: bool = True
+    compiled: bool = True
+    recompute: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes by kind. update: copies that the optimizer works on, when activations are gone."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    update: float
+    gradients_stay: bool  # during the forward pass, because of accumulation
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the fullest moment of a step."""
+        forward = self.activations + self.logits + (self.gradients if self.gradients_stay else 0.0)
+        return self.weights + self.optimizer + max(forward, self.gradients + self.update)
+
+
+def training_memory(shape: Shape, setting: Setting) -> Memory:
+    """Memory of a training step by kind."""
+    groups = parameters(shape)
+    matrices, tables = groups["transformer_matrices"], groups["wte"] + groups["value_embeds"]
+    rest = groups["total"] - matrices - tables
+    # On GPUs that compute in bf16 the embedding tables, with gradients and moments, are bf16 as well.
+    table_bytes = 2 if setting.on_gpu and setting.compute_bytes == 2 else 4
+    weights = 4 * (matrices + rest) + table_bytes * tables
+    moments = 4 * matrices + 8 * rest + 2 * table_bytes * tables
+    return Memory(
+        weights=weights,
+        gradients=weights,
+        optimizer=moments / setting.world_size,
+        activations=_activations(shape, setting),
+        logits=_loss(shape, setting),
+        update=_UPDATE_BYTES * matrices,
+        gradients_stay=setting.accumulation > 1,
+    )
+
+
+def training_bytes(shape: Shape, rows: int, world_size: int, on_gpu: bool = True) -> int:
+    """Peak memory per rank with micro-batches of `rows` sequences: bf16 on GPUs, fp32 elsewhere, with accumulation."""
+    setting = Setting(rows, world_size, accumulation=2, compute_bytes=2 if on_gpu else 4, on_gpu=on_gpu)
+    return round(training_memory(shape, setting).peak)
+
+
+# Stacks of all gradients and new weights (8), and the largest group's working copies (LOG 2026-11-25).
+_UPDATE_BYTES = 11
+
+
+def _activations(shape: Shape, setting: Setting) -> float:
+    """What the forward pass keeps for the backward pass."""
+    tokens, size = setting.rows * shape.sequence_len, setting.compute_bytes
+    modern = shape.arch == "modern"
+    outside = (6 if modern else 4) * shape.width  # around the blocks: embeddings, smear, backout, norms
+    layer = _compiled_layer(shape, setting) if setting.compiled else _eager_layer(shape, setting)
+    kept = shape.depth * layer
+    if setting.recompute:  # inputs of every block, and one block in full
+        kept = shape.depth * (2 if modern else 1) * shape.width + layer
+    value_embeds = -(-shape.depth // 2) * shape.kv_width if modern else 0
+    # In less than fp32 every matrix is kept in the dtype of its products, too.
+    casts = size * parameters(shape)["transformer_matrices"] if size < 4 else 0
+    return tokens * size * (outside + kept + value_embeds) + casts
+
+
+def _eager_layer(shape: Shape, setting: Setting) -> float:
+    """Values per token that one block keeps: inputs of norms and products, heads, probabilities."""
+    c, kv = shape.width, shape.kv_width
+    residual = (4 if shape.arch == "modern" else 3) * c  # the stream, scaled, and after attention; one norm
+    attention = c + kv + c + 2 * kv + c  # q and k before their norms; q, k and v; the result
+    mlp = 1 * c + 8 * c
+    fp32_norms = 3 * c + kv if setting.compute_bytes < 4 else 0  # norms keep their inputs in fp32
+    return residual + attention + mlp + fp32_norms + _probabilities(shape, setting)
+
+
+def _compiled_layer(shape: Shape, setting: Setting) -> float:
+    """The same where the compiler computes norms, rotations and squares again in the backward pass.
+
+    14 values per channel agree with what upstream found on 80 GB cards: depth 24 trains with 16 rows, not with 32.
+    """
+    return 12 * shape.width + 2 * shape.kv_width + _probabilities(shape, setting)
+
+
+def _probabilities(shape: Shape, setting: Setting) -> float:
+    written_out = not setting.on_gpu and shape.sequence_len <= CPU_MATERIALISE_UP_TO
+    return shape.num_heads * shape.sequence_len if written_out else 0
+
+
+def _loss(shape: Shape, setting: Setting) -> float:
+    """A chunk of logits with what its loss needs, the head's gradient, and that of the hidden states."""
+    tokens, size = setting.rows * shape.sequence_len, setting.compute_bytes
+    chunk = min(CHUNK_LOGITS if setting.on_gpu else CHUNK_LOGITS_CPU, tokens * shape.vocab_size)
+    head = shape.padded_vocab_size * shape.width
+    head_bytes = 4 + size + (size if size < 4 else 0)  # sum, one chunk's part, the head in low precision
+    per_logit = size + (8 if setting.compiled else 20)
+    return chunk * per_logit + head_bytes * head + 2 * tokens * shape.width * size

@@ -1,0 +1,51 @@
+"""The estimate of memory by kind, and what is known of cards."""
+
+from __future__ import annotations
+
+from nanochat.memory import Setting, training_bytes, training_memory
+from nanochat.sizing import Shape
+
+
+def test_kinds_follow_the_sizes():
+    shape = Shape(12)
+    one, eight = (training_memory(shape, Setting(16, world_size=size)) for size in (1, 8))
+    assert one.optimizer == 8 * eight.optimizer and one.weights == eight.weights == one.gradients
+    twice = training_memory(shape, Setting(32))
+    assert 1.8 < twice.activations / one.activations <= 2
+    again = training_memory(shape, Setting(16, recompute=True))
+    assert again.activations < one.activations / 2 and again.logits == one.logits
+
+
+def test_the_logits_of_a_chunk_do_not_grow_with_the_batch():
+    """Only what is as large as the hidden states does."""
+    shape = Shape(12)
+    small, large = (training_memory(shape, Setting(rows)).logits for rows in (16, 32))
+    assert large - small == 2 * 16 * 2048 * shape.width * 2
+
+
+def test_gradients_count_in_the_forward_pass_once_a_step_has_several_micro_batches():
+    memory = training_memory(Shape(12), Setting(16, accumulation=2))
+    assert memory.peak - training_memory(Shape(12), Setting(16)).peak == memory.gradients
+
+
+def test_the_estimate_agrees_with_what_is_known_of_80_gb_cards():
+    card = 0.92 * 80e9
+    assert training_bytes(Shape(24), 16, 8) < card < training_bytes(Shape(24), 32, 8)
+    large = Shape(32, vocab_size=65536)
+    assert training_bytes(large, 8, 8) < 80e9 < training_bytes(large, 16, 8)
+
+
+def test_uncompiled_blocks_keep_what_saved_tensors_add_up_to():
+    """Counted with torch's hooks at width 256, 4 heads and 256 tokens, in units of a token's channels (LOG 2026-11-25)."""
+    counted = {("modern", 4, True): 19.5, ("modern", 4, False): 23.5, ("classic", 4, True): 18, ("classic", 4, False): 22,
+               ("modern", 2, True): 23.5, ("classic", 2, True): 22}  # fmt: skip
+    for (arch, size, on_gpu), values in counted.items():
+        setting = Setting(1, compute_bytes=size, on_gpu=on_gpu, compiled=False)
+        shapes = [
+            Shape(4, 64, 256, 64, 64, arch=arch),
+            Shape(8, 64, 256, 32, 64, arch=arch),
+        ]  # width 256 both
+        small, large = (training_memory(shape, setting).activations for shape in shapes)
+        casts = 4 * 12 * 256**2 * size if size < 4 else 0
+        gates = 2 * 4 * 12 * size if arch == "modern" and size < 4 else 0
+        assert large - small == 4 * values * 256 * 256 * size + casts + gates
