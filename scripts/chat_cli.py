@@ -56,6 +56,10 @@ class Config:
     url: str = option("", "ask the server there instead of loading a model, such as http://127.0.0.1:8000")
     api_key: str = option("", "key for --url (or NANOCHAT_API_KEYS)")
     device_type: str = option("", "cuda, mps or cpu; default: the best there is")
+    quantize: str = option(
+        "none", "weights in fewer bits; what that costs is printed", choices=("none", "int8")
+    )
+    speculate: int = option(0, "tokens to guess ahead from the conversation; faster where answers repeat it")
 
 
 @dataclass
@@ -291,6 +295,8 @@ def _connect(cfg: Config) -> Dialogue:
         "step": cfg.step,
         "device_type": cfg.device_type,
         "raw": cfg.raw,
+        "quantize": cfg.quantize != "none",
+        "speculate": cfg.speculate,
     }
     for name, value in given.items():
         if value:
@@ -316,7 +322,11 @@ def _load(cfg: Config) -> Dialogue:
     model, tokenizer, meta = load_model(source, device, "eval", model_tag=cfg.model_tag, step=cfg.step)
     where = f"{source} {meta.get('model_tag', '')} step {meta.get('step', '?')}"
     print(f"model: {' '.join(where.split())} on {device}", file=sys.stderr)
-    return Chat(Engine(model, tokenizer), tokenizer, **_settings(cfg))
+    if cfg.quantize != "none":
+        from nanochat.quantize import quantize
+
+        print(quantize(model, cfg.quantize, tokenizer), file=sys.stderr)
+    return Chat(Engine(model, tokenizer, speculate=cfg.speculate), tokenizer, **_settings(cfg))
 
 
 def main(cfg: Config) -> None:

@@ -34,6 +34,9 @@ class Config:
     dtype: str | None = option(
         None, "compute dtype; None chooses", short="d", choices=("bfloat16", "float16", "float32")
     )
+    quantize: str = option(
+        "none", "weights in fewer bits; what that costs is printed", choices=("none", "int8")
+    )
     served_model_name: str = option("", "names in /v1/models, separated by commas")
     api_key: str = option("", "keys that clients must send, separated by commas (or NANOCHAT_API_KEYS)")
     cors_origin: str = option("", "origins whose pages may call the API, separated by commas")
@@ -175,7 +178,7 @@ def loader_of(cfg: Config) -> tuple[Callable[[int], Replica], int]:
 
         tools = {"python": use_calculator} if cfg.python_tool == "calculator" else {}
         device = check_device(device_type, index)
-        return load_replica(cfg.source, device, cfg.model_tag, cfg.step, tools, cfg.max_batch)
+        return load_replica(cfg.source, device, cfg.model_tag, cfg.step, tools, cfg.max_batch, cfg.quantize)
 
     return load, num_workers
 

@@ -21,11 +21,11 @@ SCRIPTS = sorted(
 TRAINING_NEEDS = {"torch", "numpy", "pyarrow", "tiktoken", "rustbpe", "nanochat", "tasks", "scripts"}
 # Ground first; a module imports at its top level only from its own layer or below.
 LIBRARY_LAYERS = [
-    {"common", "configurator"},
+    {"common", "configurator", "native"},
     {"tokenizer", "tokenizer_base", "tokenizer_hf", "tokenizer_files", "conversation", "tinyworld", "hub", "dataset", "packing", "prefetch", "document_reader", "dataloader", "chat_loader"},
     {"gpt", "kv_cache", "flash_attention", "muon", "sharding", "optim", "scaling", "schedule", "compilation", "batch_fit", "fp8", "head_loss", "precision", "config_versions"},
     {"checkpoint_manager", "metrics", "trainer"},
-    {"calculator", "execution", "sandbox_harness", "sampling", "row_cache", "prefix_store", "requests", "scheduler", "engine", "serve"},
+    {"calculator", "execution", "sandbox_harness", "sampling", "speculation", "quantize", "cpu_decode", "row_cache", "prefix_store", "requests", "scheduler", "engine", "serve"},
 ]  # fmt: skip
 
 

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 import torch
 
 from nanochat.checkpoint_manager import find_model_tag, load_model, stage_dir
+from nanochat.common import print0
 from nanochat.engine import Engine
+from nanochat.quantize import quantize
 from nanochat.serve.settings import ModelInfo, Replica
 
 
@@ -18,10 +20,13 @@ def load_replica(
     step: int | None,
     tools: Mapping[str, Callable[[str], str | None]],
     max_batch: int,
+    quantized: str = "none",
 ) -> Replica:
-    """Load the model of a stage onto a device. Raises UserError if there is none or it is damaged."""
+    """Load the model of a stage onto a device, its matrices quantised or not. Raises UserError if there is none or it is damaged."""
     tag = model_tag or find_model_tag(stage_dir(source))
     model, tokenizer, meta = load_model(source, device, "eval", tag, step)
+    if quantized != "none":
+        print0(quantize(model, quantized, tokenizer))
     found = int(meta["step"])
     info = ModelInfo(
         name=f"nanochat-{source}-{tag}",
