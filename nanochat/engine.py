@@ -70,6 +70,7 @@ class Engine:
         max_batch: int = MAX_BATCH,
         cache_bytes: int | None = None,
         chunk_tokens: int | None = None,
+        speculate: int = 0,
     ) -> None:
         if max_batch < 1:
             raise ValueError(f"max_batch={max_batch} must be at least 1")
@@ -77,12 +78,13 @@ class Engine:
             tools = {"python": functools.partial(use_calculator, tool_format=tool_format)}
         self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
         self.toolbox = ToolBox(tokenizer, tools)
-        self.cache_bytes, self.chunk_tokens = cache_bytes, chunk_tokens
+        self.cache_bytes, self.chunk_tokens, self.speculate = cache_bytes, chunk_tokens, speculate
         self.prefixes = PrefixStore()  # of streams and conversations
         self._shared = self._scheduler(max_batch, self.prefixes)
 
     def _scheduler(self, max_batch: int, prefixes: PrefixStore | None = None) -> Scheduler:
-        return Scheduler(self.model, self.toolbox, max_batch, self.cache_bytes, self.chunk_tokens, prefixes)
+        limits = (max_batch, self.cache_bytes, self.chunk_tokens)
+        return Scheduler(self.model, self.toolbox, *limits, prefixes, self.speculate)
 
     # --- a stream of requests ------------------------------------------------------------------------
 

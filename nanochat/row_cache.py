@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from nanochat.cpu_decode import CpuDecoder
 from nanochat.gpt import GPTConfig
 from nanochat.kv_cache import Cache, Chunk, real_lengths
 
@@ -68,6 +69,7 @@ class RowCache:
         self.keys = [self._empty(0, 0) for _ in self.windows]
         self.values = [self._empty(0, 0) for _ in self.windows]
         self.previous = self._zeros(0, 1, config.n_embd) if config.use_smear else None
+        self._decoder = CpuDecoder.of(model)
 
     def _zeros(self, *shape: int) -> torch.Tensor:
         # Not uninitialised: a NaN in a hidden slot would survive its weight of zero.
@@ -212,6 +214,25 @@ class RowCache:
         if self.previous is not None and rows.prev_embedding is not None:
             self.previous[first:last] = rows.prev_embedding
         return logits[:, -1]
+
+    def forward_all(self, ids: Sequence[int]) -> torch.Tensor:
+        """Add ids to row 0, which is the only one; logits (T, V) after each of them."""
+        rows = RowSpan(self, 0, 1)
+        logits = self.model.forward(torch.tensor([ids], device=self.device), kv_cache=rows)
+        self.positions[:1] = rows.positions
+        return logits[0]
+
+    def rewind(self, position: int, last_token: int) -> None:
+        """Put row 0 back to a position, not more than a chunk before its own; last_token is the one before it."""
+        self.positions[0] = position
+        if self.previous is not None:
+            self.previous[0] = self.model.embed(torch.tensor([[last_token]], device=self.device))[0]
+
+    def decode(self, rows: int, ids: Sequence[int]) -> torch.Tensor:
+        """Add one token to each of the first rows; logits (rows, V) after it."""
+        if self._decoder is not None:
+            return self._decoder.step(self, rows, ids)
+        return self.forward(0, rows, torch.tensor(ids, device=self.device)[:, None])
 
 
 class RowSpan:

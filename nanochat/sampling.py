@@ -94,6 +94,7 @@ class SamplingBatch:
 
     params: Sequence[SamplingParams]
     any_greedy: bool
+    any_adjusted: bool  # by bias or penalties
     groups: Sequence[_Group]
 
     @classmethod
@@ -102,7 +103,7 @@ class SamplingBatch:
         drawing = [row for row, p in enumerate(params) if p.temperature > 0]
         groups = [[r for r in drawing if _is_ordered(params[r]) == ordered] for ordered in (False, True)]
         made = [_Group.of(rows, params, device) for rows in groups if rows]
-        return cls(params, len(drawing) < len(params), made)
+        return cls(params, len(drawing) < len(params), any(p.adjusts_logits for p in params), made)
 
     @property
     def all_greedy(self) -> bool:
@@ -121,7 +122,7 @@ def sample(
     Order: bias, penalties, top_k, temperature, softmax, min_p, top_p, renormalise, draw by inverting the
     distribution function. histories: prompt and generated ids of each row, for the penalties.
     """
-    if any(p.adjusts_logits for p in batch.params):
+    if batch.any_adjusted:
         logits = _adjusted(logits, batch.params, histories)
     if not batch.any_greedy and len(batch.groups) == 1:
         return _draw(logits, batch.groups[0], uniform)

@@ -28,6 +28,7 @@ from nanochat.requests import Event, Request, ToolBox
 from nanochat.row_cache import BLOCK, CachedModel, RowCache
 from nanochat.sampling import SamplingBatch, SamplingParams, sample, stream_key, top_logprobs, uniforms
 from nanochat.serve.parts import PartsDecoder
+from nanochat.speculation import guess
 
 PREFILL_TOKENS = 4096  # padded prompt tokens per step while no row is ready
 # Widest chunk, and padded prompt tokens per step while rows are ready: what a stream waits for a newcomer.
@@ -50,7 +51,8 @@ class Scheduler:
     """Waiting and running requests over one cache. Not thread-safe: one thread submits, steps and cancels.
 
     max_bytes bounds the keys and values of the rows and of the prefix store together; half of it may be the
-    store's. chunk_tokens bounds a prefill chunk. Defaults suit the device.
+    store's. chunk_tokens bounds a prefill chunk. Defaults suit the device. speculate: tokens that are guessed
+    ahead while a single request runs, see speculation.py.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Scheduler:
         max_bytes: int | None = None,
         chunk_tokens: int | None = None,
         prefixes: PrefixStore | None = None,
+        speculate: int = 0,
     ) -> None:
         device = model.get_device()
         self.model, self.toolbox, self.max_batch = model, toolbox, max_batch
@@ -70,7 +73,8 @@ class Scheduler:
         self.cache = RowCache(model, max_batch, self.chunk_tokens)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # the i-th has row i
-        self.num_preemptions = 0
+        self.num_preemptions = self.num_guessed = self.num_right = 0
+        self.speculate = min(speculate, self.chunk_tokens - 1)
         self._calling: list[Request] = []  # whose tools are at work
         self._roomless: list[Request] = []  # those that may not generate anything
         self._num_submitted = 0
@@ -138,9 +142,13 @@ class Scheduler:
         self._make_room()
         self._admit()
         num_ready, num_active = self._arrange()
+        if self.speculate and num_ready == 1 == len(self.running) and (draft := self._draft(self.running[0])):
+            events += self._speculate(self.running[0], draft)
+            self._drop_finished()
+            return events
         parts, ready = [], self.running[:num_ready]
         if ready:
-            parts.append(self._forward(0, num_ready, 1))
+            parts.append(self._decode(num_ready))
         if num_ready < num_active:
             logits, finished = self._prefill(num_ready, num_active)
             parts.append(logits)
@@ -148,8 +156,8 @@ class Scheduler:
         if ready:
             logits = parts[0] if len(parts) == 1 else torch.cat(parts)
             ids = self._sample(ready, logits)
-            rows = zip(ready, ids, logits, strict=True)
-            events += [self._extend(request, token, scores) for request, token, scores in rows]
+            rows = zip(ready, ids, strict=True)
+            events += [self._extend(request, token, logits, row) for row, (request, token) in enumerate(rows)]
         elif not events and num_active == 0:
             self._wait_for_tools()
         self._drop_finished()
@@ -293,6 +301,16 @@ class Scheduler:
                 wanted[front], wanted[back] = wanted[back], wanted[front]
         return front
 
+    def _decode(self, rows: int) -> torch.Tensor:
+        """Read the last token of the first rows; logits (rows, V) after it."""
+        before, ready = self.cache.positions[:rows], self.running[:rows]
+        ids = [(request.tokens or request.prompt)[-1] for request in ready]
+        logits = self.cache.decode(rows, ids)
+        for row, position in enumerate(before):
+            if (position + 1) % BLOCK == 0:
+                self._publish(row, position)
+        return logits
+
     def _forward(self, first: int, last: int, width: int) -> torch.Tensor:
         """Read up to width more tokens of rows first to last; logits (rows, V) after the last of each."""
         ids, lengths, before = [], [], self.cache.positions[first:last]
@@ -301,7 +319,7 @@ class Scheduler:
             ids.append([*span, *[0] * (width - len(span))])
             lengths.append(len(span))
         tensor = torch.tensor(ids, dtype=torch.long, device=self.model.get_device())
-        logits = self.cache.forward(first, last, tensor, lengths if width > 1 else None)
+        logits = self.cache.forward(first, last, tensor, lengths)
         for row, position in zip(range(first, last), before, strict=True):
             self._publish(row, position)
         return logits
@@ -364,6 +382,36 @@ class Scheduler:
             self.waiting.remove(twin)
         return twins
 
+    # --- several tokens at once ----------------------------------------------------------------------
+
+    def _draft(self, request: Request) -> list[int]:
+        """Guessed tokens of the only running request that there is room for."""
+        if request.forced or request.params.adjusts_logits:  # penalties depend on the tokens before
+            return []
+        room = min(self.speculate, request.limit - len(request.tokens) - 1)
+        draft = guess(request.span(0, request.num_tokens), room)
+        return draft if draft and self._reserve(1, request.num_tokens + len(draft)) else []
+
+    def _speculate(self, request: Request, draft: list[int]) -> list[Event]:
+        """Read a request's last token and its draft, and keep what sampling confirms and one token more."""
+        position = self.cache.positions[0]
+        ids = [*request.span(position, request.num_tokens), *draft]
+        logits = self.cache.forward_all(ids)
+        batch = SamplingBatch.of([request.params] * len(ids), logits.device)
+        steps = len(request.tokens) + np.arange(len(ids))
+        uniform = torch.from_numpy(uniforms(np.full(len(ids), request.key, np.uint64), steps))
+        events: list[Event] = []
+        for row, token in enumerate(sample(logits, batch, uniform.to(logits.device)).tolist()):
+            events.append(self._extend(request, token, logits, row))
+            halted = request.finish_reason or request.forced or request.pending is not None
+            if halted or draft[row : row + 1] != [token]:
+                break
+        self.num_guessed += len(draft)
+        self.num_right += len(events) - 1
+        self.cache.rewind(position + len(events), ids[len(events) - 1])
+        self._publish(0, position)
+        return events
+
     # --- one token -----------------------------------------------------------------------------------
 
     def _sample(self, ready: list[Request], logits: torch.Tensor) -> list[int]:
@@ -376,9 +424,10 @@ class Scheduler:
         else:
             steps = np.array([len(r.tokens) for r in ready])
             uniform = torch.from_numpy(uniforms(self._keys, steps)).to(logits.device)
-        return sample(logits, self._sampling, uniform, [(r.prompt, r.tokens) for r in ready]).tolist()
+        histories = [(r.prompt, r.tokens) for r in ready] if self._sampling.any_adjusted else []
+        return sample(logits, self._sampling, uniform, histories).tolist()
 
-    def _extend(self, request: Request, sampled: int, logits: torch.Tensor) -> Event:
+    def _extend(self, request: Request, sampled: int, logits: torch.Tensor, row: int) -> Event:
         tools = self.toolbox
         is_sampled = not request.forced
         token = sampled if is_sampled else request.forced.popleft()
@@ -394,7 +443,7 @@ class Scheduler:
             self._track_call(request, token)
         scores = (None, ())
         if is_sampled and request.params.logprobs is not None:
-            scores = top_logprobs(logits, token, request.params.logprobs)
+            scores = top_logprobs(logits[row], token, request.params.logprobs)
         return Event(request, token, is_sampled, request.finish_reason, request.ended_by_token, *scores)
 
     def _track_call(self, request: Request, token: int) -> None:

@@ -65,6 +65,10 @@ class Config:
     url: str = option("", "ask the server there instead of loading a model, such as http://127.0.0.1:8000")
     api_key: str = option("", "key for --url (or NANOCHAT_API_KEYS)")
     device_type: str = option("", "cuda, mps or cpu; default: the best there is")
+    quantize: str = option(
+        "none", "weights in fewer bits; what that costs is printed", choices=("none", "int8")
+    )
+    speculate: int = option(0, "tokens to guess ahead from the conversation; faster where answers repeat it")
 
 
 @dataclass
@@ -304,6 +308,8 @@ def _connect(cfg: Config) -> Dialogue:
         "device_type": cfg.device_type,
         "raw": cfg.raw,
         "python_tool": cfg.python_tool != "calculator",
+        "quantize": cfg.quantize != "none",
+        "speculate": cfg.speculate,
     }
     for name, value in given.items():
         if value:
@@ -330,7 +336,12 @@ def _load(cfg: Config) -> Dialogue:
     model, tokenizer, meta = load_model(source, device, "eval", model_tag=cfg.model_tag, step=cfg.step)
     where = f"{source} {meta.get('model_tag', '')} step {meta.get('step', '?')}"
     print(f"model: {' '.join(where.split())} on {device}", file=sys.stderr)
-    return Chat(Engine(model, tokenizer, tools_of(cfg.python_tool)), tokenizer, **_settings(cfg))
+    if cfg.quantize != "none":
+        from nanochat.quantize import quantize
+
+        print(quantize(model, cfg.quantize, tokenizer), file=sys.stderr)
+    engine = Engine(model, tokenizer, tools_of(cfg.python_tool), speculate=cfg.speculate)
+    return Chat(engine, tokenizer, **_settings(cfg))
 
 
 def main(cfg: Config) -> None:

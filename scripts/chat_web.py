@@ -38,6 +38,9 @@ class Config:
     dtype: str | None = option(
         None, "compute dtype; None chooses", short="d", choices=("bfloat16", "float16", "float32")
     )
+    quantize: str = option(
+        "none", "weights in fewer bits; what that costs is printed", choices=("none", "int8")
+    )
     served_model_name: str = option("", "names in /v1/models, separated by commas")
     api_key: str = option("", "keys that clients must send, separated by commas (or NANOCHAT_API_KEYS)")
     cors_origin: str = option("", "origins whose pages may call the API, separated by commas")
@@ -187,7 +190,7 @@ def start_models(cfg: Config) -> Launcher:
     check("--num-gpus", count, 1, 1024)
     load = functools.partial(
         load_replica, source=cfg.source, device_type=cfg.device_type, model_tag=cfg.model_tag, step=cfg.step,
-        python_tool=cfg.python_tool, max_batch=cfg.max_batch,
+        python_tool=cfg.python_tool, max_batch=cfg.max_batch, quantized=cfg.quantize,
     )  # fmt: skip
     return Launcher(load, count)
 

@@ -315,6 +315,11 @@ def test_one_answer_as_json_is_repeatable_and_the_rest_is_on_stderr(base_dir):
     assert json.loads(cli(base_dir, *arguments).stdout)["response"] == answer["response"]
 
 
+def test_narrow_weights_say_what_they_cost(base_dir):
+    result = cli(base_dir, "-p", "hello", "-m", "5", "--device-type=cpu", "--quantize=int8", "--speculate=4")
+    assert result.returncode == 0 and "bits per byte" in result.stderr, result.stderr
+
+
 def test_piped_text_is_one_question(base_dir):
     result = cli(
         base_dir, "-i", "sft", "--seed", "3", "-m", "5", "-t", "1", "--device-type=cpu", stdin="hello\n"

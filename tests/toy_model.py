@@ -68,19 +68,20 @@ class ScriptedModel:
         lengths: Sequence[int] | None = None,
         last_only: bool = False,
     ) -> torch.Tensor:
-        assert last_only
         self.calls.append((ids.size(0), ids.size(1)))
         chunk = kv_cache.begin(ids.size(1), lengths)
         keys = ids[:, :, None, None].float().expand(-1, -1, 1, 2)
         kv_cache.insert(0, chunk, keys, keys)
         kv_cache.advance(chunk.lengths)
-        logits = torch.zeros(ids.size(0), 1, VOCAB_SIZE)
+        width = 1 if last_only else ids.size(1)
+        logits = torch.zeros(ids.size(0), width, VOCAB_SIZE)
         for row, position in enumerate(kv_cache.positions):
             history = kv_cache.get_layer_cache(0)[0][row, :position, 0, 0].int().tolist()
-            token = self.next_token(history)
-            if token is not None:  # None: every token is equally likely
-                logits[row, 0] = -1e9
-                logits[row, 0, token] = 0
+            for back in range(width):
+                token = self.next_token(history[: len(history) - back])
+                if token is not None:  # None: every token is equally likely
+                    logits[row, -1 - back] = -1e9
+                    logits[row, -1 - back, token] = 0
         return logits
 
 

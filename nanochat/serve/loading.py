@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nanochat.common import UserError
+from nanochat.common import UserError, print0
 from nanochat.serve.settings import ModelInfo, Replica
 
 
@@ -15,10 +15,11 @@ def load_replica(
     step: int | None,
     python_tool: str,
     max_batch: int,
+    quantized: str = "none",
 ) -> Replica:
     """Load the model of a stage for worker `index`, on the GPU of that number if there are GPUs.
 
-    Raises UserError if there is no such model or device, or the checkpoint is damaged.
+    Its matrices are quantised or not. Raises UserError if there is no such model or device, or the checkpoint is damaged.
     """
     # here, because the server imports this module too
     import torch
@@ -27,6 +28,7 @@ def load_replica(
     from nanochat.common import autodetect_device_type, check_device
     from nanochat.engine import Engine
     from nanochat.python_tool import tools_of
+    from nanochat.quantize import quantize
 
     device_type = device_type or autodetect_device_type()
     if index and (device_type != "cuda" or index >= torch.cuda.device_count()):
@@ -34,6 +36,8 @@ def load_replica(
     device = check_device(device_type, index)
     tag = model_tag or find_model_tag(stage_dir(source))
     model, tokenizer, meta = load_model(source, device, "eval", tag, step)
+    if quantized != "none":
+        print0(quantize(model, quantized, tokenizer))
     found = int(meta["step"])
     info = ModelInfo(
         name=f"nanochat-{source}-{tag}",

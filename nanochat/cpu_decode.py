@@ -1,0 +1,144 @@
+"""The compiled decode step of processors: what cpu_decode.cpp needs to know about a model and a cache.
+
+It takes the place of the network's forward pass where every running row gets one token. Weights are used where
+they lie, so that training in place is seen; nothing is copied but the rotary tables.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from nanochat.gpt import GPT, Embedding, Linear
+from nanochat.native import load_library
+from nanochat.quantize import Int8Linear
+
+if TYPE_CHECKING:
+    from nanochat.row_cache import RowCache
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_LANES = 8
+_THREADS_VARY = {"OMP_THREAD_LIMIT", "OMP_DYNAMIC"}  # the step needs as many threads as it asks for
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (("data", c_void_p), ("scale", c_void_p), ("type", c_int32), ("inputs", c_int32), ("outputs", c_int32))  # fmt: skip
+
+
+_MATRICES = ("q", "k", "v", "o", "fc", "proj", "value_table", "value_gate")
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _Matrix) for name in _MATRICES), ("window", c_int32), ("ring", c_int32), ("keys", c_void_p),
+        ("values", c_void_p), ("row_stride", c_int64),
+    )  # fmt: skip
+
+
+class _Network(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int32) for name in ("num_layers", "width", "heads", "kv_heads", "head_size", "hidden", "vocab", "cache_type")),
+        *((name, c_float) for name in ("qk_scale", "gate_scale", "softcap")), ("gate_channels", c_int32),
+        *((name, _Matrix) for name in ("table", "head", "smear_gate")),
+        *((name, c_void_p) for name in ("cos", "sin", "resid", "skip", "smear", "backout", "previous", "layers")),
+    )  # fmt: skip
+
+
+class CpuDecoder:
+    """One network, ready for compiled decode steps."""
+
+    def __init__(self, model: GPT, library: ctypes.CDLL) -> None:
+        config = model.config
+        self._library, self._model = library, model
+        library.decode_scratch.restype = c_int64
+        self._cos, self._sin = (table.float().contiguous() for table in (model.cos, model.sin))
+        self._layers = (_Layer * config.n_layer)()
+        for number, (layer, block) in enumerate(zip(self._layers, model.blocks, strict=True)):
+            attn, mlp = block.attn, block.mlp
+            modules = [attn.c_q, attn.c_k, attn.c_v, attn.c_proj, mlp.c_fc, mlp.c_proj]
+            if config.has_value_embed(number):
+                modules += [model.value_embeds[str(number)], attn.ve_gate]
+            for name, module in zip(_MATRICES, modules, strict=False):
+                setattr(layer, name, _matrix(module))
+            layer.window = config.window_sizes[number]
+        head = _matrix(model.lm_head)
+        head.outputs = config.vocab_size  # not the padding
+        pointers = {"cos": self._cos, "sin": self._sin}
+        if config.use_lambdas:
+            pointers |= {"resid": model.resid_lambdas, "skip": model.x0_lambdas}
+        if config.use_smear:
+            pointers["smear"] = model.smear_lambda
+        if config.use_backout:
+            pointers["backout"] = model.backout_lambda
+        self._network = _Network(
+            num_layers=config.n_layer, width=config.n_embd, heads=config.n_head, kv_heads=config.n_kv_head,
+            head_size=config.head_dim, hidden=model.blocks[0].mlp.c_fc.out_features, vocab=config.vocab_size,
+            cache_type=_TYPES[model.compute_dtype], qk_scale=config.qk_scale, gate_scale=config.ve_gate_scale,
+            softcap=config.logit_softcap, gate_channels=config.ve_gate_channels, table=_matrix(model.wte), head=head,
+            layers=ctypes.addressof(self._layers), **{name: t.data_ptr() for name, t in pointers.items()},
+        )  # fmt: skip
+        if config.use_smear:
+            self._network.smear_gate = _matrix(model.smear_gate)
+        self._scratch = torch.empty(0, dtype=torch.float32)
+
+    @classmethod
+    def of(cls, model: object) -> CpuDecoder | None:
+        """A decoder, or None where the model, its device or this machine is none that it can serve."""
+        if not isinstance(model, GPT) or not _is_suitable(model) or _THREADS_VARY & os.environ.keys():
+            return None
+        library = load_library("cpu_decode")
+        return None if library is None else cls(model, library)
+
+    def step(self, cache: RowCache, rows: int, ids: Sequence[int]) -> torch.Tensor:
+        """Add one token to each of the first rows of a cache; logits (rows, V) fp32 after it."""
+        network, positions = self._network, cache.positions[:rows]
+        for layer, window, keys, values in zip(
+            self._layers, cache.windows, cache.keys, cache.values, strict=True
+        ):
+            layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
+            layer.row_stride, layer.ring = keys.stride(0), cache.rings.get(window, 0)
+        if cache.previous is not None:
+            network.previous = cache.previous.data_ptr()
+        longest, threads = max(positions) + 1, torch.get_num_threads()
+        needed = self._library.decode_scratch(ctypes.byref(network), rows, longest, threads)
+        if needed > self._scratch.nbytes:
+            self._scratch = torch.empty(needed // 2, dtype=torch.float32)  # twice as much as is needed
+        logits = torch.empty(rows, network.vocab)
+        self._library.decode(
+            ctypes.byref(network), rows, (c_int64 * rows)(*ids), (c_int32 * rows)(*positions),
+            c_void_p(logits.data_ptr()), c_void_p(self._scratch.data_ptr()), longest, threads,
+        )  # fmt: skip
+        cache.positions[:rows] = [position + 1 for position in positions]
+        return logits
+
+
+def _matrix(module: nn.Module) -> _Matrix:
+    weight, scale = module.weight, getattr(module, "scale", None)
+    assert isinstance(weight, torch.Tensor) and weight.is_contiguous()
+    pointer = scale.data_ptr() if isinstance(scale, torch.Tensor) else None
+    return _Matrix(weight.data_ptr(), pointer, _TYPES[weight.dtype], weight.size(1), weight.size(0))
+
+
+def _is_suitable(model: GPT) -> bool:
+    """Whether all sizes are whole vectors and every module is one that the C++ knows."""
+    if any(scalar.dtype != torch.float32 for scalar in model.parameters(recurse=False)):
+        return False
+    if model.get_device().type != "cpu" or model.compute_dtype not in (torch.float32, torch.bfloat16):
+        return False
+    containers = (nn.ModuleDict, nn.ModuleList)
+    leaves = [
+        m for m in model.modules() if next(m.children(), None) is None and not isinstance(m, containers)
+    ]
+    sizes = model.config.head_dim, model.config.vocab_size
+    if any(size % _LANES for size in sizes) or not all(
+        type(m) in (Linear, Embedding, Int8Linear) for m in leaves
+    ):
+        return False
+    weights = [weight for module in leaves if isinstance(weight := module.weight, torch.Tensor)]
+    return all(weight.dtype in _TYPES and weight.is_contiguous() for weight in weights)

@@ -1,0 +1,147 @@
+"""The inference benchmark runs everywhere, counts what its specification says, and ends with one line of JSON."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+
+from nanochat.common import UserError, read_json
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.load_bench import distribution, make_clients, serve
+from nanochat.roofline import ModelCost, peak_bandwidth, percentile
+from nanochat.sampling import SamplingParams
+from nanochat.sweep_bench import NoTokenizer, bench_engine, english_prompt, run_or_oom
+from scripts.infer_bench import Config, main
+from tests.toy_model import ByteTokenizer, random_model
+
+pytestmark = pytest.mark.usefixtures("one_seeded_thread")
+TINY = dict(
+    source="random", depth=2, n_embd=64, vocab_size=128, sequence_len=64, prompt_tokens=20, decode_tokens=8,
+    warmup=2, repeats=2, device_type="cpu", dtype="float32",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_probe(monkeypatch):
+    """The environment as it was, and a small probe of the memory."""
+    monkeypatch.setattr("nanochat.roofline._PROBE_BYTES", 1 << 20)
+    monkeypatch.setattr(
+        "nanochat.common.keep_freed_memory", lambda: None
+    )  # it would last for the whole process
+    for name in ("NANOCHAT_ATTN", "NANOCHAT_DTYPE"):
+        monkeypatch.setenv(name, "")
+
+
+def measured(capsys, **options) -> dict:
+    main(Config(**{**TINY, **options}))
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("arch", ["classic", "modern"])
+def test_sweep_and_load_on_a_processor(capsys, tmp_path, arch):
+    found = measured(
+        capsys, arch=arch, batch_sizes="1,3", prefill_lengths="5", temperature=1.0, distinct=arch == "modern",
+        clients=5, arrivals="uniform:0:0.002", load_prompts="uniform:1:30", load_tokens="uniform:1:9",
+        json=str(tmp_path / "out.json"),
+    )  # fmt: skip
+    assert found == read_json(tmp_path / "out.json")
+    assert [entry["batch_size"] for entry in found["sweep"]] == [1, 3]
+    for entry in found["sweep"]:
+        assert entry["decode_steps"] == 7 and entry["tok_per_sec"] > 0
+        assert 0 < entry["tpot_sec"] <= entry["tpot_p90_sec"] <= entry["tpot_p99_sec"]
+        assert entry["mbu_measured_percent"] > 0 and entry["mbu_percent"] is None
+    assert found["prefill"]["prompt_tokens"] == 20 and found["prefills"][0]["prompt_tokens"] == 5
+    load = found["load"]
+    assert load["together"]["new_tokens"] == load["one_by_one"]["new_tokens"] and load["speedup"] > 0
+
+
+@pytest.mark.slow  # starting transformers takes ten seconds
+def test_the_peer_runs_the_same_weights(capsys):
+    pytest.importorskip("transformers")
+    found = measured(capsys, batch_sizes="2", repeats=1)
+    assert "transformers" not in found["sweep"][0]
+    found = measured(capsys, batch_sizes="2", repeats=1, peer="transformers")
+    peer = found["sweep"][0]["transformers"]
+    assert peer["tok_per_sec"] > 0 and peer["ours_over_peer"] > 0
+    with pytest.raises(UserError, match="classic"):
+        measured(capsys, arch="modern", peer="transformers")
+
+
+def test_accounting_follows_the_formulas():
+    config = GPTConfig.modern(
+        sequence_len=64, vocab_size=128, n_layer=2, n_head=2, n_kv_head=1, n_embd=64, short_window_multiple=8
+    )
+    model = GPT.build(config, "cpu", torch.bfloat16)
+    cost = ModelCost.of(model)
+    windows = config.window_sizes
+    assert windows == [16, 64]
+    matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    assert cost.matrix_params == matrices and cost.weight_bytes_read == 4 * matrices
+    assert cost.num_params == sum(p.numel() for p in model.parameters())
+    assert cost.weight_bytes == 4 * cost.num_params and cost.param_dtypes == {"float32": cost.num_params}
+    assert cost.kv_bytes_per_token == 2 * 2 * 1 * 32 * 2
+    assert cost.kv_read_bytes(40) == (16 + 40) * 2 * 32 * 2
+    assert cost.decode_flops(40) == 2 * matrices + 4 * 64 * (16 + 40)
+    seen = sum(min(i, w) for w in windows for i in range(1, 31))
+    assert cost.prefill_flops(30) == 2 * matrices * 30 + 4 * 64 * seen
+
+
+@pytest.mark.parametrize(
+    ("name", "speed"),
+    [("NVIDIA H200", 4.8e12), ("NVIDIA H100 PCIe", 2.0e12), ("NVIDIA H100 80GB HBM3", 3.35e12), ("NVIDIA L4", 300e9), ("NVIDIA L40S", 864e9), ("abacus", None)],
+)  # fmt: skip
+def test_peak_bandwidth(name, speed):
+    assert peak_bandwidth(name) == speed
+
+
+def test_prompts_have_exactly_the_length():
+    for length in (1, 2, 9, 500):
+        ids = english_prompt(ByteTokenizer(), length)
+        assert len(ids) == length and ids[0] == 256
+
+
+def test_memory_that_ends_is_an_entry():
+    def fail() -> dict:
+        raise torch.OutOfMemoryError("no more")
+
+    assert run_or_oom(fail, 7) == {"batch_size": 7, "error": "oom"}
+
+
+def test_every_client_gets_its_tokens():
+    model = random_model("classic", sequence_len=64)
+    engine = bench_engine(model, NoTokenizer(), 4)
+    clients = make_clients(
+        9, "exponential:0.001", "uniform:1:80", "uniform:1:80", SamplingParams(temperature=0), 64, 250
+    )
+    for at_once in (9, 1):
+        summary = serve(engine, clients, at_once)
+        assert [len(c.token_times) for c in clients] == [c.params.max_tokens for c in clients]
+        assert all(len(c.prompt) + len(c.token_times) <= 64 for c in clients)
+        assert summary["ttft_p50_sec"] <= summary["latency_p50_sec"] <= summary["seconds"]
+
+
+def test_distributions():
+    rng = random.Random(0)
+    assert distribution("64")(rng) == 64
+    assert all(3 <= distribution("uniform:3:5")(rng) <= 5 for _ in range(20))
+    draws = [distribution("exponential:2")(rng) for _ in range(2000)]
+    assert 1.8 < sum(draws) / len(draws) < 2.2
+    for wrong in ("", "uniform:3", "uniform:5:3", "poisson:2", "exponential:-1", "x"):
+        with pytest.raises(UserError, match="is no distribution"):
+            distribution(wrong)
+
+
+def test_percentiles():
+    assert [percentile([4.0, 1.0, 3.0, 2.0], share) for share in (0, 0.5, 0.99, 1)] == [1, 3, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(dict(batch_sizes="0"), "batch-sizes"), (dict(decode_tokens=64), "below the context"), (dict(repeats=0), "repeats")],
+)  # fmt: skip
+def test_wrong_options_are_one_line(options, message):
+    with pytest.raises(UserError, match=message):
+        main(Config(**{**TINY, **options}))

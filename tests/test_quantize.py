@@ -1,0 +1,74 @@
+"""Eight bits of weight: half the bytes, nearly the same numbers, and the cost is said."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+import torch
+
+from nanochat.common import UserError
+from nanochat.engine import Engine, SamplingParams
+from nanochat.quantize import Int8Linear, quantize
+from nanochat.roofline import ModelCost
+from tests.toy_export import tokenizer, toy_model, trained
+from tests.toy_model import random_model
+
+pytestmark = pytest.mark.usefixtures("one_seeded_thread")
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_is_within_half_a_step_of_its_weights(rows, dtype):
+    linear = torch.nn.Linear(64, 96, bias=False)
+    narrow = Int8Linear(linear)
+    wide = narrow.weight.float() * narrow.scale[:, None]
+    assert ((wide - linear.weight).abs() <= 0.501 * narrow.scale[:, None]).all()
+    x = torch.randn(2, rows, 64).to(dtype)
+    expected = x.float() @ wide.T
+    found = narrow(x)
+    assert found.dtype == dtype and found.shape == (2, rows, 96)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    assert (found.float() - expected).abs().max() < tolerance * expected.abs().max()
+
+
+def test_zero_rows_stay_zero():
+    linear = torch.nn.Linear(32, 32, bias=False)
+    torch.nn.init.zeros_(linear.weight)
+    assert not Int8Linear(linear)(torch.randn(1, 32)).any()
+
+
+def test_says_what_it_saved_and_cost():
+    model = trained(toy_model("grouped"))
+    before = ModelCost.of(model)
+    line = quantize(model, "int8", tokenizer())
+    after = ModelCost.of(model)
+    assert 3.5 < before.weight_bytes_read / after.weight_bytes_read <= 4
+    assert after.matrix_params == before.matrix_params
+    found = re.search(
+        r"([\d.]+) MB of matrices become ([\d.]+) MB; .* ([\d.]+) -> ([\d.]+) bits per byte", line
+    )
+    assert found, line
+    old, new = float(found[3]), float(found[4])
+    assert old > 0 and abs(new - old) < 0.02 * old
+
+
+@pytest.mark.parametrize("architecture", ["classic", "modern"])
+def test_generation_goes_on_with_it(architecture):
+    model = random_model(architecture)
+    assert quantize(model, "none") == "weights are not quantised"
+    quantize(model, "int8")
+    prompts = [random.Random(n).choices(range(256), k=n) for n in (1, 20, 31)]
+    params = SamplingParams(temperature=0, max_tokens=20)
+    from tests.toy_model import ByteTokenizer
+
+    found = Engine(model, ByteTokenizer(), tools={}).complete_many(prompts, params)
+    for prompt, completion in zip(prompts, found, strict=True):
+        plain = list(model.generate(prompt, len(completion.tokens), temperature=0))
+        assert completion.tokens == plain
+
+
+def test_unknown_kinds_are_one_line():
+    with pytest.raises(UserError, match="int8"):
+        quantize(random_model("classic"), "int3")
