@@ -13,6 +13,7 @@ import hashlib
 import re
 import sys
 import warnings
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,8 +65,8 @@ class _HashingWriter:
 def _save_tensors(path: Path, value: object) -> dict:
     with whole_file(path) as file:
         writer = _HashingWriter(file)
-        # the legacy format is a plain stream; the zip format seeks back and could not be hashed on the way
-        torch.save(value, writer, _use_new_zipfile_serialization=False)  # pyright: ignore[reportArgumentType]
+        # A file would be sought in to align its tensors; a writer gets the zip format as a plain stream.
+        torch.save(value, writer)  # pyright: ignore[reportArgumentType]
     return {"size": writer.size, "sha256": writer.sha256.hexdigest()}
 
 
@@ -196,8 +197,11 @@ def refuse_irreplaceable(directory: Path) -> None:
             )
 
 
-def check_files(directory: Path, step: int) -> str | None:
-    """None if a checkpoint's files are as they were written, else what is wrong with them."""
+def check_files(directory: Path, step: int, contents: bool = True) -> str | None:
+    """None if a checkpoint's files are as they were written, else what is wrong with them.
+
+    contents: whether to read and hash them, a second or more per GB, or to look at their sizes only.
+    """
     meta = directory / f"meta_{step:06d}.json"
     try:
         files = read_json(meta).get("files")
@@ -213,19 +217,23 @@ def check_files(directory: Path, step: int) -> str | None:
             return f"{path} is missing"
         if path.stat().st_size != expected["size"]:
             return f"{path} has {path.stat().st_size:,} bytes instead of {expected['size']:,}"
-        with open(path, "rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 22):
-                digest.update(block)
-        if digest.hexdigest() != expected["sha256"]:
+        if contents and _sha256(path) != expected["sha256"]:
             return f"{path} is damaged (its SHA-256 is not the recorded one)"
     return None
 
 
-def newest_good_step(directory: Path) -> int | None:
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def newest_good_step(directory: Path, contents: bool = True) -> int | None:
     """The last step whose files are whole; damaged ones are named and passed over. None if there is none."""
     for step in reversed(list_steps(directory)):
-        problem = check_files(directory, step)
+        problem = check_files(directory, step, contents)
         if problem is None:
             return step
         print0(f"warning: checkpoint {step} in {directory} is not usable: {problem}", file=sys.stderr)
@@ -248,21 +256,26 @@ def find_model_tag(checkpoints: Path) -> str:
     return max(tags, key=preference).name
 
 
-def locate(stage: str, model_tag: str | None = None, step: int | None = None) -> tuple[Path, int]:
-    """Folder and step of a checkpoint of a stage. Raises UserError if there is none or it is damaged."""
+def locate(
+    stage: str, model_tag: str | None = None, step: int | None = None, contents: bool = True
+) -> tuple[Path, int]:
+    """Folder and step of a checkpoint of a stage. Raises UserError if there is none or it is damaged.
+
+    contents as in check_files.
+    """
     checkpoints = stage_dir(stage)
     directory = checkpoints / (model_tag or find_model_tag(checkpoints))
     if not list_steps(directory):
         have = sorted(path.name for path in checkpoints.glob("*") if path.is_dir())
         raise UserError(f"no {stage} checkpoint {directory}; there are: {', '.join(have) or 'none'}")
     if step is None:
-        step = newest_good_step(directory)
+        step = newest_good_step(directory, contents)
         if step is None:
             raise UserError(f"every checkpoint in {directory} is damaged; train that stage again")
         return directory, step
     if step not in list_steps(directory):
         raise UserError(f"no step {step} in {directory}; there are: {list_steps(directory)}")
-    if problem := check_files(directory, step):
+    if problem := check_files(directory, step, contents):
         raise UserError(f"checkpoint cannot be used: {problem}")
     return directory, step
 
@@ -296,13 +309,14 @@ class Checkpoint:
         except UserError as error:
             raise UserError(f"{self.directory} step {self.step}: {error}") from None
 
-    def model_state(self, device: torch.device | str) -> dict[str, torch.Tensor]:
-        return self._load(f"model_{self.step:06d}.pt", device)
+    def model_state(self, device: torch.device | str, mapped: bool = False) -> dict[str, torch.Tensor]:
+        """The weights; `mapped` as in load_tensors."""
+        return load_tensors(self.directory / f"model_{self.step:06d}.pt", device, mapped)
 
     def optimizer_state(self) -> dict | None:
         """On the CPU; None if this checkpoint was saved without."""
         name = f"optim_{self.step:06d}.pt"
-        return self._load(name, "cpu") if (self.directory / name).exists() else None
+        return load_tensors(self.directory / name, "cpu") if (self.directory / name).exists() else None
 
     def tokenizer(self) -> RustBPETokenizer:
         from nanochat.tokenizer import get_tokenizer
@@ -316,10 +330,17 @@ class Checkpoint:
             )
         return tokenizer
 
-    def model(self, device: torch.device, dtype: torch.dtype | None = None, min_sequence_len: int = 1) -> GPT:
+    def model(
+        self,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        min_sequence_len: int = 1,
+        mapped: bool = False,
+    ) -> GPT:
         """The network with its weights, fp32 masters, computing in `dtype` (default by hardware).
 
         min_sequence_len: tokens that it will be trained on; a shorter context, and its windows, grow to that.
+        mapped: on a CPU the weights are those of the file, read where they are first used, and not to be trained.
         """
         config = self.config()
         if min_sequence_len > config.sequence_len:
@@ -327,23 +348,26 @@ class Checkpoint:
             config = replace(config, sequence_len=min_sequence_len)
         model = GPT.build(config, device, dtype or compute_dtype(device)[0])
         try:
-            model.load_state_dict(self.model_state(device))
+            mapped = mapped and torch.device(device).type == "cpu"
+            model.load_state_dict(self.model_state(device, mapped), assign=mapped)
         except RuntimeError as error:
             raise UserError(
                 f"weights in {self.directory} do not fit their own configuration: {error}"
             ) from None
         return model
 
-    def _load(self, name: str, device: torch.device | str) -> dict:
-        return load_tensors(self.directory / name, device)
 
+def load_tensors(path: Path, device: torch.device | str, mapped: bool = False) -> Any:
+    """What torch.save wrote. The restricted reader builds tensors and plain containers and calls nothing else.
 
-def load_tensors(path: Path, device: torch.device | str) -> Any:
-    """What torch.save wrote. The restricted reader builds tensors and plain containers and calls nothing else."""
+    mapped: leave the tensors in the file until they are used, where its format (zip, ours until November 2026
+    was another) allows that.
+    """
     try:
+        mapped = mapped and zipfile.is_zipfile(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location=device, weights_only=True)
+            return torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception:  # torch raises many kinds for a broken file, with advice to read it without restriction
@@ -359,12 +383,14 @@ def load_model(
 ) -> tuple[GPT, RustBPETokenizer, dict]:
     """(model, tokenizer, meta) of a stage's checkpoint; phase is "train" or "eval".
 
-    For "eval" the matrices are stored in the compute dtype once instead of being cast in every forward pass.
+    For "eval" the matrices are stored in the compute dtype once instead of being cast in every forward pass, the
+    file is mapped, and its size alone is checked: the first answer should not wait for a hash of all weights.
     """
-    directory, step = locate(source, model_tag, step)
+    evaluating = phase == "eval"
+    directory, step = locate(source, model_tag, step, contents=not evaluating)
     checkpoint = Checkpoint.open(directory, step)
-    model = checkpoint.model(device)
-    if phase == "eval":
+    model = checkpoint.model(device, mapped=evaluating)
+    if evaluating:
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):
                 module.to(model.compute_dtype)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -69,6 +72,34 @@ def test_eval_phase_computes_the_same_in_bf16(tiny_run, model, monkeypatch):
     assert evaluate.blocks[0].mlp.c_fc.weight.dtype == torch.bfloat16
     with torch.no_grad():
         assert torch.equal(train(ids), evaluate(ids))
+
+
+def test_weights_are_mapped_for_inference_and_copied_for_training(tiny_run, model):
+    directory = save(tiny_run, model, tokenizer=get_tokenizer())
+    path = directory / "model_000001.pt"
+    before = path.read_bytes()
+    evaluate, _, _ = cm.load_model("base", torch.device("cpu"), "eval")
+    train, _, _ = cm.load_model("base", torch.device("cpu"), "train")
+    assert str(path) in Path("/proc/self/maps").read_text() or sys.platform != "linux"
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(evaluate(ids), train(ids))
+        for parameter in (*evaluate.parameters(), *train.parameters()):
+            parameter.add_(1)
+    assert path.read_bytes() == before, "a mapping is private"
+
+
+def test_files_of_the_older_format_still_load(tiny_run, model):
+    directory = save(tiny_run, model, tokenizer=get_tokenizer())
+    path = directory / "model_000001.pt"
+    torch.save(model.state_dict(), path, _use_new_zipfile_serialization=False)
+    meta = read_json(directory / "meta_000001.json")
+    meta["files"][path.name]["size"] = path.stat().st_size
+    write_json(directory / "meta_000001.json", meta)
+    loaded, _, _ = cm.load_model("base", torch.device("cpu"), "eval")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids), model(ids))
 
 
 def test_without_meta_a_checkpoint_is_absent(tiny_run, model):

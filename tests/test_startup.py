@@ -1,0 +1,83 @@
+"""The time to a first answer: what a start may not do, and (slow) how long it takes for a d12 on a CPU."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BUDGET_S = 3.5
+# Half a second each and more: the compiler, the web server, and what reads data sets.
+HEAVY = {
+    "torch._dynamo", "torch._inductor", "sympy", "fastapi", "pydantic", "starlette", "uvicorn", "pyarrow", "pandas",
+    "transformers", "datasets", "matplotlib", "wandb", "requests", "rich", "prompt_toolkit",
+}  # fmt: skip
+
+
+def make_checkpoint(base: Path, depth: int) -> None:
+    """An SFT checkpoint of random weights, of the shape that --depth gives, with the tokenizer of the folder."""
+    import torch
+
+    from nanochat.checkpoint_manager import save_checkpoint, stage_dir
+    from nanochat.gpt import GPT, GPTConfig
+    from nanochat.tokenizer import get_tokenizer
+
+    tokenizer = get_tokenizer()
+    config = GPTConfig.modern(
+        sequence_len=2048, vocab_size=tokenizer.get_vocab_size(), n_layer=depth,
+        n_head=max(1, depth // 2), n_kv_head=max(1, depth // 2), n_embd=64 * depth,
+    )  # fmt: skip
+    model = GPT.build(config, "cpu", torch.float32)
+    model.init_weights()
+    save_checkpoint(stage_dir("sft") / f"d{depth}", 1, model, {"stage": "sft"}, tokenizer=tokenizer)
+
+
+def first_answer(*python_options: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        *python_options,
+        "-m",
+        "scripts.chat_cli",
+        "-p",
+        "hello",
+        "-m",
+        "1",
+        "--device-type=cpu",
+    ]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL
+    )
+
+
+def test_a_start_imports_nothing_heavy(tiny_run):
+    make_checkpoint(tiny_run, 2)
+    done = first_answer("-X", "importtime")
+    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "import time:" in line}
+    assert "torch" in modules and not modules & HEAVY
+
+
+@pytest.mark.slow
+def test_the_first_token_of_a_d12_comes_soon(tiny_run):
+    """Median of five starts. The weights, 0.5 GB, are in the system's cache, as after any earlier start."""
+    make_checkpoint(tiny_run, 12)
+    first_answer()
+    seconds, cpu_seconds = [], []
+    for _ in range(5):
+        begun, before = time.perf_counter(), os.times()
+        first_answer()
+        seconds.append(time.perf_counter() - begun)
+        after = os.times()
+        cpu_seconds.append(
+            after.children_user + after.children_system - before.children_user - before.children_system
+        )
+    print(
+        f"first answer after {statistics.median(seconds):.2f} s, {statistics.median(cpu_seconds):.2f} s of CPU time"
+    )
+    # Another process on the same cores stretches the clock, not the work.
+    assert min(statistics.median(seconds), statistics.median(cpu_seconds)) < BUDGET_S
