@@ -52,11 +52,16 @@ class _HashingWriter:
 
     def __init__(self, file) -> None:
         self._file, self.sha256, self.size = file, hashlib.sha256(), 0
+        self.error: OSError | None = None  # torch turns it into one that says nothing about the disk
 
     def write(self, data) -> int:
         self.sha256.update(data)
         self.size += len(memoryview(data).cast("B"))
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self._file.flush()
@@ -66,7 +71,12 @@ def _save_tensors(path: Path, value: object) -> dict:
     with whole_file(path) as file:
         writer = _HashingWriter(file)
         # A file would be sought in to align its tensors; a writer gets the zip format as a plain stream.
-        torch.save(value, writer)  # pyright: ignore[reportArgumentType]
+        try:
+            torch.save(value, writer)  # pyright: ignore[reportArgumentType]
+        except RuntimeError:
+            if writer.error is not None:
+                raise writer.error from None
+            raise
     return {"size": writer.size, "sha256": writer.sha256.hexdigest()}
 
 

@@ -37,6 +37,7 @@ def load_library(name: str) -> ctypes.CDLL | None:
         library = folder / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
         if not library.exists():
             folder.mkdir(parents=True, exist_ok=True)
+            print(f"compiling {source.name} for this processor, once (some seconds) ...", file=sys.stderr)
             _compile(compiler, source, library)
         return ctypes.CDLL(str(library))
     except (OSError, subprocess.SubprocessError):

@@ -39,11 +39,12 @@ def folder(base: Path, stage: str) -> Path:
     return base / f"{FOLDERS[stage]}_checkpoints" / "t"
 
 
-def start(base: Path, stage: str) -> psutil.Popen:
-    """The real script in a process of its own, in a session of its own."""
+def start(base: Path, stage: str, ranks: int = 1, **changes: Any) -> psutil.Popen:
+    """The real script in processes of its own, in a session of their own."""
     module = "tests.easy_reward" if stage == "chat_rl" else f"scripts.{stage}"
     arguments = [
-        module if argument == f"scripts.{stage}" else argument for argument in command(stage, **SHORT[stage])
+        module if argument == f"scripts.{stage}" else argument
+        for argument in command(stage, ranks, **(SHORT[stage] | changes))
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NANOCHAT_BASE_DIR": str(base)}
     return psutil.Popen(
@@ -73,6 +74,15 @@ def kill_all(process: psutil.Popen) -> None:
     process.communicate()
 
 
+def kill_one(process: psutil.Popen) -> None:
+    """SIGKILL to one rank; torchrun ends the others. With one rank, to that."""
+    workers = [
+        child for child in process.children(recursive=True) if "--num-iterations" in str(child.cmdline())
+    ]
+    (workers[-1] if workers else process).kill()
+    process.communicate(timeout=PATIENCE_S)
+
+
 def instants(rng: random.Random, directory: Path) -> list[Callable[[], bool]]:
     """Predicates that become true somewhere in the life of a run that starts now."""
     metrics = directory / "metrics.jsonl"
@@ -97,6 +107,7 @@ def instants(rng: random.Random, directory: Path) -> list[Callable[[], bool]]:
 def interrupted_run(
     base: Path,
     stage: str,
+    ranks: int,
     kills: int,
     rng: random.Random,
     kinds: tuple[int, ...] = (2, 0, 1),
@@ -104,17 +115,17 @@ def interrupted_run(
     """Kill a run that often at random instants, then let it end; (kills that hit a living run, last output)."""
     directory, hits = folder(base, stage), 0
     for kill in range(kills):
-        process = start(base, stage)
+        process = start(base, stage, ranks)
         is_due = instants(rng, directory)[kinds[kill % len(kinds)]]
         while process.poll() is None and not is_due():
             time.sleep(0.0005)
         if process.poll() is None:
             time.sleep(rng.uniform(0.0, 0.02))
-            kill_all(process)
+            (kill_one if ranks > 1 and rng.random() < 0.4 else kill_all)(process)
             hits += 1
         else:
             finish(process)  # it was faster
-    return hits, finish(start(base, stage))
+    return hits, finish(start(base, stage, ranks))
 
 
 def outcome(directory: Path) -> dict[str, Any]:

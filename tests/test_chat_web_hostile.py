@@ -75,6 +75,7 @@ def harmless(page: Any) -> None:
     assert fits(page)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("look", LOOKS)
 def test_what_a_model_may_write(browser, server: Served, look):
     with opened(browser, server, look) as page:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import httpx
 import psutil
+import pytest
 
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.gpt import GPT, GPTConfig
@@ -77,6 +78,7 @@ def test_a_checkpoint_is_served(tmp_path):
         assert not psutil.wait_procs(children, 60)[1], "a process is left behind"
 
 
+@pytest.mark.slow
 def test_answers_resume_after_a_kill(tmp_path):
     """SIGKILL to the process that holds the model: it is back in seconds; the same to the server leaves nothing."""
     with started(tmp_path, "-m", "3", "--queue-timeout=280") as (process, url):
@@ -94,6 +96,7 @@ def test_answers_resume_after_a_kill(tmp_path):
         assert not psutil.wait_procs(children, 60)[1], "a process is left behind"
 
 
+@pytest.mark.slow
 def test_a_newer_checkpoint_is_loaded_on_sighup(tmp_path):
     system = tmp_path / "system.txt"
     system.write_text("Be brief.\n", encoding="utf-8")

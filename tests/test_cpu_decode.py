@@ -10,6 +10,7 @@ import torch
 from nanochat.cpu_decode import CpuDecoder
 from nanochat.engine import Engine, SamplingParams
 from nanochat.gpt import GPT, Linear
+from nanochat.lora import add_adapters
 from nanochat.native import load_library
 from nanochat.quantize import quantize
 from nanochat.row_cache import RowCache
@@ -163,3 +164,9 @@ def test_the_engine_generates_the_same_without_it(monkeypatch):
     with_it = Engine(model, ByteTokenizer(), tools={}).complete_many(prompts, params)
     monkeypatch.setattr("nanochat.row_cache.CpuDecoder.of", lambda model: None)
     assert Engine(model, ByteTokenizer(), tools={}).complete_many(prompts, params) == with_it
+
+
+def test_what_training_puts_in_a_layers_place_is_left_to_the_network():
+    model = random_model("modern")
+    add_adapters(model, rank=2, alpha=4.0)
+    assert CpuDecoder.of(model) is None

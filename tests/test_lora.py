@@ -71,6 +71,7 @@ def test_the_gradient_of_an_adapter_is_that_of_the_weight_through_it():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_compiled_model_has_the_same_gradients(adapted):
     """With and without a gradient of the head. aot_eager traces as the real compiler does, and compiles nothing."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from tests.training import largest_difference, run_processes, weights
@@ -38,12 +40,29 @@ def test_later_stages(pretrained, stage, folder):
 
 
 @pytest.mark.slow
-def test_resuming_with_another_number_of_ranks(pretrained):
-    base = pretrained / "base_checkpoints"
+def test_one_to_four_ranks_train_alike(tiny_run):
+    """12 rows a step: 12, 6, 4 and 3 micro-batches of one row on each rank."""
+    flags = {"arch": "classic", "total_batch_size": 768, "device_batch_size": 1}
+    base = tiny_run / "base_checkpoints"
+    for ranks in (1, 2, 3, 4):
+        run_processes("base_train", ranks, model_tag=f"ranks{ranks}", **flags)
+    one = weights(base / "ranks1")
+    for ranks in (2, 3, 4):
+        assert largest_difference(one, weights(base / f"ranks{ranks}")) < ROUNDING, f"{ranks} ranks"
+
+
+@pytest.mark.slow
+def test_resuming_with_another_number_of_ranks(tiny_run):
+    """Two ranks begin, one or three go on."""
+    flags = {"arch": "classic", "total_batch_size": 768, "save_every": 3}
+    base = tiny_run / "base_checkpoints"
+    run_processes("base_train", 2, **flags)
     straight = weights(base / "t")
-    run_processes("base_train", ranks=2, arch="classic", model_tag="two", save_every=3)
-    for path in (base / "two").glob("*_000006.*"):
+    for path in (base / "t").glob("*_000006.*"):
         path.unlink()
-    output = run_processes("base_train", ranks=1, arch="classic", model_tag="two")
-    assert "resuming base at step 3" in output
-    assert largest_difference(straight, weights(base / "two")) < ROUNDING
+    for ranks in (1, 3):
+        shutil.copytree(base / "t", base / f"ranks{ranks}")
+        output = run_processes("base_train", ranks, **flags, model_tag=f"ranks{ranks}")
+        assert "resuming base at step 3" in output
+        assert f"world_size {ranks} instead of 2: the same run up to rounding" in output
+        assert largest_difference(straight, weights(base / f"ranks{ranks}")) < ROUNDING
