@@ -35,7 +35,7 @@ def test_training_against_hugging_face(tiny_run, ranks):
     )  # fmt: skip
     assert [row["contender"] for row in found["rows"]] == contenders.split(",")
     for row in found["rows"]:
-        assert row["tokens_per_second"] > 0 and row["peak_mb"] > 50 and 4 < row["loss"] < 7
+        assert row["tokens_per_second"] > 0 and row["peak_mb"] > 50 and 0 < row["loss"] < 7
         assert sum(row["phases"].values()) == pytest.approx(1) and row["mfu"] is None
     if ranks == 1:
         assert set(found["ratio_to_hf"]) == {"modern 2x64x2x32x300x4", "classic-bf16 2x64x2x32x300x4"}

