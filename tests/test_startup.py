@@ -1,4 +1,4 @@
-"""The time to a first answer: what a start may not do, and (slow) how long it takes for a d12 on a CPU."""
+"""What the start of a chat may not do; dev/bench/startup.py times it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-BUDGET_S = 3.5
 # Half a second each and more: the compiler, the web server, and what reads data sets.
 HEAVY = {
     "torch._dynamo", "torch._inductor", "sympy", "fastapi", "pydantic", "starlette", "uvicorn", "pyarrow", "pandas",
