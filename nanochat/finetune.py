@@ -106,23 +106,18 @@ def finetune(
     mixture: builds (training task, validation task). mask: only what the assistant says is a target.
     """
     from nanochat.chat_loader import ChatLoader
-    from nanochat.checkpoint_manager import Checkpoint, locate
     from nanochat.common import distributed
     from nanochat.lora import merge_adapters, train_adapters
     from nanochat.scaling import REFERENCE_BATCH, accumulation_steps
-    from nanochat.stage import announce, announce_batch, announce_model, finish, output_folder
+    from nanochat.stage import announce, announce_batch, announce_model, begin, data_facts, finish
     from nanochat.trainer import TrainingPlan, train
-    from nanochat.training_run import find_resume_point
 
     with distributed(cfg.device_type) as world:
         precision, compiled = announce(world, cfg.compile, cfg.precision)
-        source = Checkpoint.open(*locate(cfg.source, cfg.model_tag, cfg.model_step))
-        print0(f"source model: {source.directory} step {source.step}")
-        tokenizer, directory = source.tokenizer(), output_folder(stage, source.directory, cfg.output_tag)
-        resume_from = find_resume_point(directory, world, cfg.resume)
+        beginning = begin(stage, cfg.source, cfg.model_tag, cfg.model_step, cfg.output_tag, cfg.resume, world)
+        source, tokenizer = beginning.source, beginning.source.tokenizer()
         sizes = inherit_sizes(cfg, source, world)
-        start = source if cfg.lora_rank else resume_from or source  # adapters come with the optimizer's state
-        model = start.model(world.device, precision.dtype, sizes.max_seq_len)
+        model = beginning.weights(cfg.lora_rank > 0).model(world.device, precision.dtype, sizes.max_seq_len)
         model.recompute = source.meta.get("recompute", False)  # the memory has not grown since
         announce_model(model, precision)
 
@@ -145,7 +140,7 @@ def finetune(
             found += more_evaluations(model, tokenizer, world)
         plan = TrainingPlan(
             stage=stage,
-            directory=directory,
+            directory=beginning.directory,
             schedule=schedule,
             total_batch_size=total,
             accumulation=accumulation,
@@ -173,12 +168,10 @@ def finetune(
             used.append(ChatLoader(tokenizer, train_task, rows, length, world, mask=mask, state=state))
             return used[-1]
 
-        state = train(plan, world, model, tokenizer, optimizer, make_loader, resume_from)
+        state = train(plan, world, model, tokenizer, optimizer, make_loader, beginning.resume_from)
         merge_adapters(model)
-        stats = {f"Data: {name}": value for name, value in used[0].stats().items()}
-        for name, value in stats.items():
-            print0(f"  {name}: {value:,}" if isinstance(value, int) else f"  {name}: {value:.4f}")
-        finish(title, plan, world, model, state, {"Training conversations": len(train_task), **stats})
+        facts = {"Training conversations": len(train_task), **data_facts(used[0].stats())}
+        finish(title, plan, world, model, state, facts)
 
 
 def inherit_sizes(cfg: FinetuneConfig, source: Checkpoint, world: World) -> Sizes:

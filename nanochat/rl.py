@@ -16,13 +16,14 @@ from typing import NamedTuple, Protocol
 import torch
 
 from nanochat.checkpoint_manager import Checkpoint
-from nanochat.common import World, print0
+from nanochat.common import World
 from nanochat.engine import Completion, Engine, SamplingParams
 from nanochat.fp8 import without_float8
 from nanochat.gpt import GPT
 from nanochat.metrics import MetricsLog, Value, duration, read_metrics
 from nanochat.optim import MuonAdamW
 from nanochat.report import get_report
+from nanochat.stage import data_facts
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.training_run import RunPlan, TrainingRun
 
@@ -172,9 +173,7 @@ def train_rl(
 
     run.go(timed_step, lambda: None)  # the questions of a step follow from its number
     if world.is_main:
-        used = data_used(read_metrics(plan.directory / "metrics.jsonl"))
-        for name, count in used.items():
-            print0(f"  {name}: {count:,}")
+        used = data_facts(data_used(read_metrics(plan.directory / "metrics.jsonl")))
         outcome = {
             "Number of iterations": last_step,
             "Skipped steps": state.skipped_steps,
@@ -230,7 +229,7 @@ def data_used(events: Sequence[dict]) -> dict[str, int]:
     total: dict[str, int] = {}
     for event in events:
         for name, count in (event.get("data") or {}).items():
-            total[f"Data: {name}"] = total.get(f"Data: {name}", 0) + count
+            total[name] = total.get(name, 0) + count
     return total
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from nanochat.checkpoint_manager import stage_dir
+from nanochat.checkpoint_manager import Checkpoint, locate, stage_dir
 from nanochat.common import (
     UserError,
     World,
@@ -23,7 +25,7 @@ from nanochat.metrics import Value, duration
 from nanochat.precision import Precision, choose_precision
 from nanochat.report import get_report
 from nanochat.trainer import TrainingPlan
-from nanochat.training_run import LoopState
+from nanochat.training_run import LoopState, find_resume_point
 
 
 def announce(world: World, compile_flag: str, precision_flag: str = "auto") -> tuple[Precision, bool]:
@@ -67,6 +69,42 @@ def output_folder(stage: str, source: Path, output_tag: str | None) -> Path:
     if directory == source:
         raise UserError(f"{source} is both what is read and what is written; name another with --output-tag")
     return directory
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where a stage that starts from an earlier one reads and writes."""
+
+    source: Checkpoint
+    directory: Path
+    resume_from: Checkpoint | None
+
+    def weights(self, with_adapters: bool) -> Checkpoint:
+        """The checkpoint whose model training goes on with. Adapters come with the optimizer's state."""
+        return self.source if with_adapters else self.resume_from or self.source
+
+
+def begin(
+    stage: str,
+    source: str,
+    tag: str | None,
+    step: int | None,
+    output_tag: str | None,
+    resume: str,
+    world: World,
+) -> Beginning:
+    """Find the source model, the folder to write and what lies there to continue; say so."""
+    found = Checkpoint.open(*locate(source, tag, step))
+    print0(f"source model: {found.directory} step {found.step}")
+    directory = output_folder(stage, found.directory, output_tag)
+    return Beginning(found, directory, find_resume_point(directory, world, resume))
+
+
+def data_facts(counts: Mapping[str, int | float]) -> dict[str, Value]:
+    """Print what a run has trained on; returns it for the report."""
+    for name, value in counts.items():
+        print0(f"  Data: {name}: {value:,}" if isinstance(value, int) else f"  Data: {name}: {value:.4f}")
+    return {f"Data: {name}": value for name, value in counts.items()}
 
 
 def finish(

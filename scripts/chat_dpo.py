@@ -56,27 +56,25 @@ class Config(PolicyConfig):
 
 def main(cfg: Config) -> None:
     """Direct preference optimisation: learn from pairs of answers, the first better than the second."""
-    from nanochat.checkpoint_manager import Checkpoint, locate
     from nanochat.common import distributed, print0
     from nanochat.dpo import PairData, PairLoader, Preference, evaluate_pairs
     from nanochat.lora import merge_adapters
-    from nanochat.stage import announce, announce_batch, announce_model, finish, output_folder
+    from nanochat.stage import announce, announce_batch, announce_model, begin, data_facts, finish
     from nanochat.trainer import TrainingPlan, train
-    from nanochat.training_run import Evaluation, find_resume_point
+    from nanochat.training_run import Evaluation
 
     with distributed(cfg.device_type) as world:
         precision, compiled = announce(world, cfg.compile, cfg.precision)
         accumulation = count_micro_batches(cfg, world.size)
-        source = Checkpoint.open(*locate(cfg.source, cfg.model_tag, cfg.model_step))
-        print0(f"source model: {source.directory} step {source.step}")
-        tokenizer, directory = source.tokenizer(), output_folder("dpo", source.directory, cfg.output_tag)
-        resume_from = find_resume_point(directory, world, cfg.resume)
+        beginning = begin("dpo", cfg.source, cfg.model_tag, cfg.model_step, cfg.output_tag, cfg.resume, world)
+        source, tokenizer = beginning.source, beginning.source.tokenizer()
 
         longest = cfg.max_seq_len or source.meta.get("max_seq_len") or source.config().sequence_len
         train_pairs, val_pairs = pairs(cfg)
         data, held_out = (PairData(tokenizer, found, longest) for found in (train_pairs, val_pairs))
-        start = source if cfg.lora_rank else resume_from or source  # adapters come with the optimizer's state
-        model = start.model(world.device, precision.dtype, max(data.seq_len, held_out.seq_len))
+        model = beginning.weights(cfg.lora_rank > 0).model(
+            world.device, precision.dtype, max(data.seq_len, held_out.seq_len)
+        )
         announce_model(model, precision)
         reference = source.model(world.device, precision.dtype, max(data.seq_len, held_out.seq_len))
         preference = Preference(reference.eval().requires_grad_(False), cfg.beta)
@@ -92,7 +90,7 @@ def main(cfg: Config) -> None:
 
         plan = TrainingPlan(
             stage="dpo",
-            directory=directory,
+            directory=beginning.directory,
             schedule=schedule,
             total_batch_size=total,
             accumulation=accumulation,
@@ -114,12 +112,10 @@ def main(cfg: Config) -> None:
             used.append(PairLoader(data, cfg.device_batch_size, world, state=state))
             return used[-1]
 
-        state = train(plan, world, model, tokenizer, optimizer, make_loader, resume_from)
+        state = train(plan, world, model, tokenizer, optimizer, make_loader, beginning.resume_from)
         merge_adapters(model)
-        stats = {f"Data: {name}": value for name, value in used[0].stats().items()}
-        for name, value in stats.items():
-            print0(f"  {name}: {value:,}" if isinstance(value, int) else f"  {name}: {value:.4f}")
-        finish("Chat DPO", plan, world, model, state, {"Training pairs": len(train_pairs), **stats})
+        facts = {"Training pairs": len(train_pairs), **data_facts(used[0].stats())}
+        finish("Chat DPO", plan, world, model, state, facts)
 
 
 def count_micro_batches(cfg: Config, num_ranks: int) -> int:

@@ -63,12 +63,11 @@ class Config(PolicyConfig):
 
 def main(cfg: Config) -> None:
     """Reinforcement learning: sample answers to questions, reward the right ones."""
-    from nanochat.checkpoint_manager import Checkpoint, locate
     from nanochat.common import UserError, distributed, print0
     from nanochat.engine import Engine
     from nanochat.rl import GroupSampler, RLPlan, Surrogate, train_rl
-    from nanochat.stage import announce, announce_model, output_folder
-    from nanochat.training_run import Evaluation, find_resume_point
+    from nanochat.stage import announce, announce_model, begin
+    from nanochat.training_run import Evaluation
 
     with distributed(cfg.device_type) as world:
         precision, _ = announce(world, "off", cfg.precision)  # the shapes change with every batch of answers
@@ -80,12 +79,9 @@ def main(cfg: Config) -> None:
             raise UserError("--num-updates must be at least 1, --clip and --kl not negative")
         if cfg.clip > 0 and cfg.num_updates == 1:
             raise UserError("--clip changes nothing with --num-updates=1: no probability has moved yet")
-        source = Checkpoint.open(*locate(cfg.source, cfg.model_tag, cfg.model_step))
-        print0(f"source model: {source.directory} step {source.step}")
-        directory = output_folder("rl", source.directory, cfg.output_tag)
-        resume_from = find_resume_point(directory, world, cfg.resume)
-        start = source if cfg.lora_rank else resume_from or source  # adapters come with the optimizer's state
-        model, tokenizer = start.model(world.device, precision.dtype), source.tokenizer()
+        beginning = begin("rl", cfg.source, cfg.model_tag, cfg.model_step, cfg.output_tag, cfg.resume, world)
+        source, tokenizer = beginning.source, beginning.source.tokenizer()
+        model = beginning.weights(cfg.lora_rank > 0).model(world.device, precision.dtype)
         announce_model(model, precision)
         reference = (
             source.model(world.device, precision.dtype).eval().requires_grad_(False) if cfg.kl > 0 else None
@@ -105,7 +101,7 @@ def main(cfg: Config) -> None:
 
         plan = RLPlan(
             stage="rl",
-            directory=directory,
+            directory=beginning.directory,
             schedule=schedule,
             settings=as_dict(cfg),
             run=cfg.run,
@@ -122,7 +118,7 @@ def main(cfg: Config) -> None:
         sampler = GroupSampler(
             engine, tokenizer, cfg.num_samples, cfg.max_new_tokens, cfg.temperature, cfg.top_k
         )
-        train_rl(plan, world, model, tokenizer, optimizer, train_task, sampler, resume_from)
+        train_rl(plan, world, model, tokenizer, optimizer, train_task, sampler, beginning.resume_from)
 
 
 def questions(name: str) -> tuple[Task, Task]:
