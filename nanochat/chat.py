@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from nanochat.answer_parts import PartsDecoder
 from nanochat.common import UserError
 from nanochat.dialogue import Dialogue, Notice, Reply, Show
 from nanochat.engine import Engine
-from nanochat.serve.parts import PartsDecoder
 from nanochat.serve.prompt import Prompt, build_prompt
 from nanochat.tokenizer import RustBPETokenizer
 

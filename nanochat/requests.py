@@ -10,10 +10,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from nanochat.answer_parts import PartsDecoder
 from nanochat.prefix_store import block_names
 from nanochat.row_cache import BLOCK
 from nanochat.sampling import SamplingParams
-from nanochat.serve.parts import PartsDecoder
 from nanochat.tokenizer_base import Tokenizer
 
 Tool = Callable[[str], "str | None"]

@@ -14,7 +14,7 @@ class SamplingParams:
     temperature 0 is greedy. top_k None or 0, top_p 1, min_p 0, penalties 0 (repetition: 1) are off.
     max_tokens None is up to the context's end. seed None is a fresh one for each request.
     stop_tokens end the answer besides <|assistant_end|> and <|bos|>; so do the strings of stop, where they are
-    complete in its text (see nanochat.serve.parts). logprobs is how many alternatives to report with each token's natural-log probability under the unmodified model; None reports nothing.
+    complete in its text (see nanochat.answer_parts). logprobs is how many alternatives to report with each token's natural-log probability under the unmodified model; None reports nothing.
     extend_context allows going beyond the trained context, up to the rotary table's end.
     """
 

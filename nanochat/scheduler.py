@@ -21,13 +21,13 @@ from itertools import islice
 import numpy as np
 import torch
 
+from nanochat.answer_parts import PartsDecoder
 from nanochat.gpt import ROTARY_FACTOR
 from nanochat.kv_cache import ContextOverflow
 from nanochat.prefix_store import PrefixStore, weights_version
 from nanochat.requests import Event, Request, ToolBox
 from nanochat.row_cache import BLOCK, CachedModel, RowCache
 from nanochat.sampling import SamplingBatch, SamplingParams, sample, stream_key, top_logprobs, uniforms
-from nanochat.serve.parts import PartsDecoder
 from nanochat.speculation import guess
 
 PREFILL_TOKENS = 4096  # padded prompt tokens per step while no row is ready

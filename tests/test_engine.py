@@ -10,9 +10,9 @@ from itertools import islice
 import pytest
 import torch
 
+from nanochat.answer_parts import answer_text
 from nanochat.engine import ContextOverflow, Engine, SamplingParams
 from nanochat.scheduler import Scheduler
-from nanochat.serve.parts import answer_text
 from tests.toy_model import VOCAB_SIZE, ByteTokenizer, ScriptedModel, random_model, scripted
 
 torch.set_num_threads(1)

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from nanochat.answer_parts import Delta, PartsDecoder
 from nanochat.engine import SamplingParams
 from nanochat.serve.errors import ApiError
 from nanochat.serve.jobs import MAILBOX_PIECES, Job, Piece, new_choice
-from nanochat.serve.parts import Delta, PartsDecoder
 from nanochat.serve.prompt import build_prompt
 from nanochat.serve.settings import Limits, Settings
 from tests.serving import (

@@ -16,6 +16,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from nanochat.answer_parts import PartsDecoder
 from nanochat.common import UserError, print0
 from nanochat.core_eval import truncated
 from nanochat.core_scoring import Scored, score_sequences
@@ -23,7 +24,6 @@ from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT
 from nanochat.interop.hf_tokenizer import BOS, END_OF_ANSWER
 from nanochat.sampling import SamplingParams
-from nanochat.serve.parts import PartsDecoder
 from nanochat.tokenizer import RustBPETokenizer
 
 DEFAULT_MAX_TOKENS = 256  # the harness's own default

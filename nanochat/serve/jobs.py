@@ -9,9 +9,9 @@ from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
+from nanochat.answer_parts import TEXT, Delta, PartsDecoder
 from nanochat.sampling_params import SamplingParams
 from nanochat.serve.errors import ApiError
-from nanochat.serve.parts import TEXT, Delta, PartsDecoder
 from nanochat.tokenizer import RustBPETokenizer
 
 # A reader slower than the model finds later text merged into one piece: 256 pieces bound its mailbox.

@@ -14,8 +14,8 @@ from prometheus_client import (
     generate_latest,
 )
 
+from nanochat.answer_parts import CALL, OUTPUT
 from nanochat.serve.jobs import Job
-from nanochat.serve.parts import CALL, OUTPUT
 from nanochat.serve.pool import WorkerPool
 from nanochat.serve.settings import server_version
 

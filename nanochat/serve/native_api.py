@@ -11,9 +11,9 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
+from nanochat.answer_parts import CALL, TEXT
 from nanochat.serve.errors import ApiError, AsciiJSON
 from nanochat.serve.jobs import Failed, Job, Piece, Scored
-from nanochat.serve.parts import CALL, TEXT
 from nanochat.serve.schemas import Body, CompletionRequest, check_messages, check_sampling, stop_strings
 from nanochat.serve.security import owner_of
 from nanochat.serve.service import Service

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 from fastapi import Request
 from fastapi.responses import Response
 
+from nanochat.answer_parts import TEXT
 from nanochat.sampling_params import SamplingParams
 from nanochat.serve.errors import ApiError, AsciiJSON, openai_error
 from nanochat.serve.jobs import Choice, Ended, Failed, Job, Piece, Scored
 from nanochat.serve.openai_schemas import OpenAISampling
-from nanochat.serve.parts import TEXT
 from nanochat.serve.schemas import Sampling
 from nanochat.serve.service import Service
 

@@ -12,11 +12,11 @@ from urllib.parse import urlsplit
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from pydantic import ValidationError
 
+from nanochat.answer_parts import TEXT
 from nanochat.serve.errors import ApiError
 from nanochat.serve.jobs import Ended, Failed, Job, Piece, Started
 from nanochat.serve.logs import job_line, log_facts
 from nanochat.serve.native_api import answer_body, phase, scores_of
-from nanochat.serve.parts import TEXT
 from nanochat.serve.schemas import CompletionRequest, Message, Sampling, check_messages, check_sampling
 from nanochat.serve.security import bearer, client_name, has_key, owner_name
 from nanochat.serve.service import Service

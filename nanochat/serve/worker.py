@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
+from nanochat.answer_parts import TEXT, Delta
 from nanochat.common import UserError
 from nanochat.serve.jobs import Alternative, Ended, Failed, Item, Job, Piece, Scored, Started
 from nanochat.serve.launcher import Launcher, ModelProcess
-from nanochat.serve.parts import TEXT, Delta
 from nanochat.serve.protocol import (
     Cancel,
     Command,
@@ -232,10 +232,6 @@ class Worker:
 
     def _items(self, job: Job, index: int, generated: Generated) -> list[Item]:
         items: list[Item] = list(self._pieces(job, index, generated))
-        if job.choices[index].decoder.stopped:
-            if generated.finish_reason is None:
-                self._tell(Cancel([generated.number]))
-            return [*items, *self._end(generated.number, "stop")]
         if generated.finish_reason is not None:
             items += self._end(generated.number, generated.finish_reason)
         return items

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.serve.parts import PartsDecoder, answer_text
+from nanochat.answer_parts import PartsDecoder, answer_text
 from tests.toy_model import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
