@@ -2,6 +2,7 @@
 
 1  every field of GPTConfig by its name (checkpoints until November 2026)
 2  the same, and the version
+3  with tie_embeddings; before, input and output always had tables of their own
 
 A change of GPTConfig adds a version, the migration that gives older ones the same network, and a fixture in
 tests/fixtures/checkpoints.
@@ -16,10 +17,13 @@ from typing import Any
 from nanochat.common import UserError
 from nanochat.gpt import GPTConfig
 
-CONFIG_VERSION = 2
+CONFIG_VERSION = 3
 
 # What turns the settings of a version into those of the next one.
-_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: lambda settings: settings}
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: lambda settings: settings,
+    2: lambda settings: settings | {"tie_embeddings": False},
+}
 
 
 def stored_config(config: GPTConfig) -> dict[str, Any]:

@@ -62,6 +62,12 @@ class FinetuneConfig(LoraConfig):
     model_step: int | None = option(None, "step of the source model; default the last")
     output_tag: str | None = option(None, "checkpoint folder to write; default the name of the one read")
     load_optimizer: bool = option(True, "start from the source's optimizer state")
+    add_layers: int = option(
+        0, "put this many layers on top of the source model; in this stage only they learn"
+    )
+    extra_data: str = option(
+        "", "JSONL files of conversations to mix in, by commas; relative to the data's folder"
+    )
     num_iterations: int = option(-1, "optimizer steps; -1: from --num-epochs")
     num_epochs: int = option(1, "passes over the mixture")
     max_seq_len: int | None = option(None, "context in tokens")
@@ -118,6 +124,8 @@ def finetune(
         source, tokenizer = beginning.source, beginning.source.tokenizer()
         sizes = inherit_sizes(cfg, source, world)
         model = beginning.weights(cfg.lora_rank > 0).model(world.device, precision.dtype, sizes.max_seq_len)
+        if cfg.add_layers:
+            model = grow_source(model, source, cfg.add_layers)
         model.recompute = source.meta.get("recompute", False)  # the memory has not grown since
         announce_model(model, precision)
 
@@ -172,6 +180,18 @@ def finetune(
         merge_adapters(model)
         facts = {"Training conversations": len(train_task), **data_facts(used[0].stats())}
         finish(title, plan, world, model, state, facts)
+
+
+def grow_source(model: GPT, source: Checkpoint, add_layers: int) -> GPT:
+    """The source model with layers on top, which alone learn; a resumed one has them already."""
+    from nanochat.growth import deeper, freeze_source, grow
+
+    old = source.config().n_layer
+    if model.config.n_layer != deeper(source.config(), add_layers).n_layer:
+        model = grow(model, add_layers)
+    freeze_source(model, old)
+    print0(f"layers: {old} of the source, which rest, and {add_layers} new ones, which learn")
+    return model
 
 
 def inherit_sizes(cfg: FinetuneConfig, source: Checkpoint, world: World) -> Sizes:
@@ -251,8 +271,8 @@ def make_optimizer(
     optimizer = model.setup_optimizer(world, weight_decay=cfg.weight_decay, **scaled)
     if cfg.load_optimizer:
         state = source.optimizer_state()
-        if state is None or "adapters" in state:
-            why = "no optimizer state" if state is None else "the optimizer state of adapters only"
+        if state is None or not optimizer.fits(state):
+            why = "no optimizer state" if state is None else "an optimizer state of other parameters"
             print0(f"the source has {why}; starting with a fresh one")
         else:
             settings = [dict(group) for group in optimizer.param_groups]

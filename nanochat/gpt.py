@@ -56,6 +56,7 @@ class GPTConfig:
     ve_gate_scale: float = 3.0
     use_smear: bool = True
     use_backout: bool = True
+    tie_embeddings: bool = False  # one table to read tokens and to write them
 
     @classmethod
     def modern(cls, **sizes) -> GPTConfig:
@@ -217,6 +218,8 @@ class GPT(nn.Module):
         blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.transformer = nn.ModuleDict({"wte": Embedding(vocab, width), "h": blocks})
         self.lm_head = Linear(width, vocab)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.wte.weight
         if config.use_lambdas:
             self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
             self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
@@ -244,7 +247,8 @@ class GPT(nn.Module):
             model = cls(config, compute_dtype)
         model.init_rotary()
         if torch.device(device).type == "cuda" and compute_dtype == torch.bfloat16:
-            model.wte.to(compute_dtype)  # halves the tables; fp16 could not be unscaled
+            if not config.tie_embeddings:  # the head is a matrix, which stays fp32
+                model.wte.to(compute_dtype)  # halves the tables; fp16 could not be unscaled
             model.value_embeds.to(compute_dtype)
         return model
 
@@ -252,7 +256,7 @@ class GPT(nn.Module):
     def init_weights(self, smear: float = 0.0) -> None:
         """Draw all parameters. smear: initial strength of the previous token in each token's embedding.
 
-        wte N(0, 0.8) (classic 1); lm_head N(0, 0.001); q, k, v uniform with std 1/sqrt(C); c_fc the same
+        wte N(0, 0.8) (classic 1); lm_head N(0, 0.001) unless it is wte; q, k, v uniform with std 1/sqrt(C); c_fc the same
         times 0.4 (classic 1); projections back into the residual stream 0; value embeddings as v;
         gates U(0, 0.02); resid_lambdas 1.15 to 1.05 and x0_lambdas 0.20 to 0.05 over the depth;
         backout_lambda 0.2. The order of draws is part of the format: all ranks seed alike.
@@ -260,7 +264,8 @@ class GPT(nn.Module):
         config, modern = self.config, self.config.use_lambdas
         bound = (3.0 / config.n_embd) ** 0.5
         nn.init.normal_(self.wte.weight, std=0.8 if modern else 1.0)
-        nn.init.normal_(self.lm_head.weight, std=0.001)
+        if not config.tie_embeddings:
+            nn.init.normal_(self.lm_head.weight, std=0.001)
         for block in self.blocks:
             for matrix in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
                 nn.init.uniform_(matrix.weight, -bound, bound)
@@ -405,7 +410,7 @@ class GPT(nn.Module):
     def num_scaling_params(self) -> dict[str, int]:
         """Parameters by kind; `transformer_matrices` + `lm_head` is the count that scaling laws use."""
         counts = {
-            "wte": self.wte.weight.numel(),
+            "wte": 0 if self.config.tie_embeddings else self.wte.weight.numel(),  # counted as the head
             "value_embeds": sum(p.numel() for p in self.value_embeds.parameters()),
             "lm_head": self.lm_head.weight.numel(),
             "transformer_matrices": sum(p.numel() for p in self.transformer["h"].parameters()),
@@ -433,40 +438,17 @@ class GPT(nn.Module):
         smear_lr: float = 0.2,
         weight_decay: float = 0.0,
     ) -> MuonAdamW:
-        """AdamW for tables and scalars, Muon for the blocks' matrices, one group per shape.
+        """AdamW for tables and scalars, Muon for the blocks' matrices; frozen parameters are left out.
 
+        unembedding_lr: of the head, unless it is the input table.
         smear_lr: of the smear and of backout_lambda; upstream's constant, which no batch size scales.
         """
         from nanochat.optim import MuonAdamW
+        from nanochat.parameter_groups import parameter_groups
 
-        width_scale = (self.config.n_embd / 768) ** -0.5  # tables learn slower in wider models
-
-        def adamw(
-            params: Sequence[torch.Tensor], lr: float, betas: tuple[float, float], decay: float
-        ) -> dict:
-            common = {"kind": "adamw", "eps": 1e-10, "params": list(params)}
-            return {**common, "lr": lr, "betas": betas, "weight_decay": decay}
-
-        table_lr = embedding_lr * width_scale
-        groups = [
-            adamw([self.lm_head.weight], unembedding_lr * width_scale, (0.8, 0.96), 0.01),
-            adamw([self.wte.weight], table_lr, (0.8, 0.995), 0.001),
-        ]
-        if self.config.use_value_embeds:
-            groups.append(adamw([*self.value_embeds.parameters()], 0.5 * table_lr, (0.8, 0.995), 0.01))
-        if self.config.use_lambdas:
-            groups.append(adamw([self.resid_lambdas], 0.01 * scalar_lr, (0.8, 0.95), 0.05))
-            groups.append(adamw([self.x0_lambdas], scalar_lr, (0.96, 0.95), 0.0))
-        rest = [self.smear_gate.weight, self.smear_lambda] if self.config.use_smear else []
-        rest += [self.backout_lambda] if self.config.use_backout else []
-        if rest:
-            groups.append(adamw(rest, smear_lr, (0.8, 0.95), 0.0))
-        matrices = list(self.transformer["h"].parameters())
-        for shape in sorted({tuple(p.shape) for p in matrices}):
-            same = [p for p in matrices if tuple(p.shape) == shape]
-            muon = {"kind": "muon", "momentum": 0.95, "ns_steps": 5, "beta2": 0.9, "params": same}
-            groups.append({**muon, "lr": matrix_lr, "weight_decay": weight_decay})
-        assert sum(len(g["params"]) for g in groups) == len(list(self.parameters()))
+        rates = {"unembedding": unembedding_lr, "embedding": embedding_lr, "matrix": matrix_lr}
+        rates |= {"scalar": scalar_lr, "smear": smear_lr}
+        groups = parameter_groups(self, rates, weight_decay)
         return MuonAdamW(groups, world=world, compute_dtype=self.compute_dtype)
 
     # --- reference generation --------------------------------------------------------------------

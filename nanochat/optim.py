@@ -132,14 +132,17 @@ class MuonAdamW:
         ]
         return {"state": state, "param_groups": groups}
 
+    def fits(self, state_dict: dict[str, Any]) -> bool:
+        """Whether a state is of as many parameters in the same groups."""
+        return _layout(self.param_groups) == _layout(state_dict["param_groups"])
+
     @torch.no_grad()
     def load_full_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over state and hyper-parameters from full_state_dict, whatever number of ranks wrote it.
 
         Every rank calls it with the whole. Raises UserError, before anything changes, if it does not fit.
         """
-        ours = [(group["kind"], len(group["params"])) for group in self.param_groups]
-        theirs = [(group["kind"], len(group["params"])) for group in state_dict["param_groups"]]
+        ours, theirs = _layout(self.param_groups), _layout(state_dict["param_groups"])
         if ours != theirs:
             kind = "adapters, which --lora-rank trains, in" if "adapters" in state_dict else "groups"
             raise UserError(
@@ -152,6 +155,10 @@ class MuonAdamW:
             unit.load(entry)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: saved[key] for key in group if key in saved and key != "params"})
+
+
+def _layout(groups: Iterable[dict[str, Any]]) -> list[tuple[str, int]]:
+    return [(group["kind"], len(group["params"])) for group in groups]
 
 
 def _checked(group: dict[str, Any]) -> dict[str, Any]:

@@ -284,46 +284,64 @@ def cpu_plan() -> Plan:
 
 # --- TinyWorld ---------------------------------------------------------------------------------------
 
-TINY = Shape(4, vocab_size=2048, sequence_len=128, aspect_ratio=32, head_dim=128, window_pattern="L")
+TINY = Shape(
+    4,
+    vocab_size=2048,
+    sequence_len=128,
+    aspect_ratio=32,
+    head_dim=32,
+    window_pattern="L",
+    tie_embeddings=True,
+)
+# Facts are learned by two layers first, which then rest while two more learn to use them (LOG 2026-11-26).
+TINY_FIRST_LAYERS = 2
 TINY_ROWS, TINY_BATCH, TINY_STEPS, TINY_CHARS = 16, 2048, 800, 6_000_000
 # The flagship's rates are for batches 256 times larger; these were found by trial (LOG 2026-11-25). Smear from the
-# start and slow scalars let the model find a letter behind a choice, with which multiple choice begins.
+# start, slow scalars and sharp attention let the model find a letter behind a choice.
 _TINY_RATES = (
-    "--matrix-lr=0.32 --embedding-lr=0.16 --unembedding-lr=0.032 --scalar-lr=0.032 --smear-lr=0.002 --smear-init=1"
-    " --weight-decay=0"
+    "--matrix-lr=0.32 --embedding-lr=0.16 --scalar-lr=0.032 --smear-lr=0.002 --smear-init=1 --weight-decay=0"
 )
 # Conversations are longer than the rows of pretraining: half as many rows of twice the length.
 _TINY_CHAT = (
     f"--max-seq-len={2 * TINY.sequence_len} --device-batch-size={TINY_ROWS // 2} --total-batch-size={TINY_BATCH}"
     " --eval-every=-1 --save-every=200 --keep-last=2"
 )
+_TINY_MIXTURE = "--smoltalk-stop=2000 --gsm8k-stop=800 --simple-spelling-size=500 --spelling-bee-size=1200"
 _TINY_EVAL = "--max-new-tokens=224"
 
 
 def tiny_rows(seed: int, steps: int) -> list[Row]:
     """The stages of the embedded plan, with seconds on two cores. steps: of pretraining."""
+    first = f"--model-tag=d{TINY_FIRST_LAYERS}"
     return [
         Row("tinyworld", "write a small world as text and tasks", 8, (),
             f"nanochat.tinyworld --seed={seed} --chars={TINY_CHARS}"),
         Row("tok_train", "learn the vocabulary", 5, ("tinyworld",),
             f"scripts.tok_train --vocab-size={TINY.vocab_size}"),
         Row("tok_eval", "measure compression", 8, ("tok_train",), "scripts.tok_eval"),
-        Row("base_train", "pretrain on the world's text", 230, ("tok_train",),
-            f"scripts.base_train --depth={TINY.depth} --aspect-ratio={TINY.aspect_ratio}"
-            f" --head-dim={TINY.head_dim} --window-pattern={TINY.window_pattern} --max-seq-len={TINY.sequence_len}"
+        Row("base_train", "pretrain on the world's text", 140, ("tok_train",),
+            f"scripts.base_train --depth={TINY_FIRST_LAYERS} --model-tag=d{TINY_FIRST_LAYERS}"
+            f" --aspect-ratio={TINY.width // TINY_FIRST_LAYERS} --head-dim={TINY.head_dim} --qk-scale=2 --tie-embeddings"
+            f" --window-pattern={TINY.window_pattern} --max-seq-len={TINY.sequence_len}"
             f" --device-batch-size={TINY_ROWS} --total-batch-size={TINY_BATCH} {_TINY_RATES} --packing=stream"
             f" --momentum-warmup-steps=100 --warmup-steps=20 --warmdown-ratio=0.4 --num-iterations={steps}"
             f" --eval-every=400 --eval-tokens=65536 --core-metric-every=-1 --sample-every=-1 --save-every=400"
             f" --keep-last=2 --seed={seed}"),
         Row("base_eval", "CORE, bits per byte, samples", 20, ("base_train",),
-            f"scripts.base_eval --device-batch-size={TINY_ROWS} --split-tokens=65536 --max-per-task=100"),
-        Row("mid_train", "learn conversations and tools", 170, ("base_train",),
-            f"scripts.mid_train {_TINY_CHAT} --supervise=assistant --warmdown-ratio=0.3 --gsm8k-stop=800"
-            " --simple-spelling-size=500 --spelling-bee-size=1400 --num-iterations=460"),
-        _evaluation_row("mid", "mid_train", 30, _TINY_EVAL),
-        Row("chat_sft", "finetune on answers", 150, ("mid_train",),
-            f"scripts.chat_sft {_TINY_CHAT} --chatcore-every=-1 --mmlu-epochs=1 --gsm8k-epochs=1 --gsm8k-stop=800"
-            " --smoltalk-stop=2000 --simple-spelling-size=500 --spelling-bee-size=1200 --num-iterations=420"),
+            f"scripts.base_eval --device-batch-size={TINY_ROWS} --split-tokens=65536 --max-per-task=100 {first}"),
+        Row("mid_train", "learn conversations and tools", 90, ("base_train",),
+            f"scripts.mid_train {_TINY_CHAT} {first} {_TINY_MIXTURE} --supervise=assistant --warmdown-ratio=0.3"
+            " --mmlu-epochs=0 --extra-data=answers_lesson.jsonl --num-iterations=400"),
+        _evaluation_row("mid", "mid_train", 30, f"{_TINY_EVAL} {first}"),
+        Row("deepen", "put two layers on top, which learn to read letters", 110, ("mid_train",),
+            f"scripts.mid_train {_TINY_CHAT} {first} --supervise=assistant --warmdown-ratio=0.3"
+            # A little of everything else, so that it is not unlearned.
+            " --smoltalk-stop=700 --gsm8k-stop=300 --simple-spelling-size=200 --spelling-bee-size=400"
+            f" --source=mid --output-tag=d{TINY.depth} --add-layers={TINY.depth - TINY_FIRST_LAYERS}"
+            " --mmlu-epochs=0 --extra-data=letters_lesson.jsonl --num-iterations=400"),
+        Row("chat_sft", "finetune on answers", 210, ("deepen",),
+            f"scripts.chat_sft {_TINY_CHAT} {_TINY_MIXTURE} --chatcore-every=-1 --mmlu-epochs=1 --gsm8k-epochs=1"
+            " --init-lr-frac=1 --warmdown-ratio=0.4 --extra-data=exams_lesson.jsonl --num-iterations=550"),
         _evaluation_row("sft", "chat_sft", 30, _TINY_EVAL),
         Row("chat_rl", "reinforce correct answers", 90, ("chat_sft",),
             "scripts.chat_rl --num-iterations=30 --examples-per-step=16 --num-samples=8 --device-batch-size=32"

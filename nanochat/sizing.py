@@ -24,6 +24,7 @@ class Shape:
     window_pattern: str = "SSSL"
     kv_heads: int = 0  # 0: as many as query heads
     arch: str = "modern"
+    tie_embeddings: bool = False
 
     @property
     def width(self) -> int:
@@ -49,7 +50,7 @@ def parameters(shape: Shape) -> dict[str, int]:
     value_layers = math.ceil(shape.depth / 2) if modern else 0
     gates = value_layers * (kv // shape.head_dim) * 12
     groups = {
-        "wte": table,
+        "wte": 0 if shape.tie_embeddings else table,  # counted as the head
         "value_embeds": value_layers * shape.padded_vocab_size * kv,
         "lm_head": table,
         "transformer_matrices": shape.depth * (10 * d * d + 2 * d * kv) + gates,

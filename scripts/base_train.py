@@ -57,6 +57,8 @@ class Config:
     kv_heads: int = option(0, "key/value heads; 0: as many as query heads")
     max_seq_len: int = option(2048, "context in tokens")
     window_pattern: str = option("SSSL", "attention windows of the layers: S short, L full (modern only)")
+    qk_scale: float = option(1.2, "factor on queries and on keys; small heads need more (modern only)")
+    tie_embeddings: bool = option(False, "one table for input and output, which learns at --embedding-lr")
     # horizon, in order of precedence
     num_iterations: int = option(-1, "optimizer steps; -1: from the next two")
     target_flops: float = option(-1.0, "train for this many FLOPs; -1: off")
@@ -222,6 +224,7 @@ def start_model(
     found = origin.config()
     names = (
         "sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern", "use_lambdas",
+        "tie_embeddings",
     )  # fmt: skip
     pairs = [(name, getattr(found, name), getattr(wanted, name)) for name in names]
     if other := [f"{name} {ours} instead of {flags}" for name, ours, flags in pairs if ours != flags]:
@@ -244,10 +247,11 @@ def network(cfg: Config, vocab_size: int) -> GPTConfig:
         "n_embd": size.n_embd,
         "n_head": size.n_head,
         "n_kv_head": cfg.kv_heads or size.n_head,
+        "tie_embeddings": cfg.tie_embeddings,
     }
     if cfg.arch == "classic":
         return GPTConfig.classic(**sizes)
-    return GPTConfig.modern(window_pattern=cfg.window_pattern, **sizes)
+    return GPTConfig.modern(window_pattern=cfg.window_pattern, qk_scale=cfg.qk_scale, **sizes)
 
 
 def shape_of(cfg: Config, vocab_size: int) -> Shape:
@@ -256,7 +260,7 @@ def shape_of(cfg: Config, vocab_size: int) -> Shape:
 
     return Shape(
         cfg.depth, vocab_size, cfg.max_seq_len, cfg.aspect_ratio, cfg.head_dim, cfg.window_pattern, cfg.kv_heads,
-        cfg.arch,
+        cfg.arch, cfg.tie_embeddings,
     )  # fmt: skip
 
 

@@ -21,6 +21,8 @@ class Config(FinetuneConfig):
     supervise: str = option(
         "all", "targets: all tokens, or what the assistant says", choices=("all", "assistant")
     )
+    mmlu_epochs: int = option(1, "times that the MMLU training questions are in the mixture")
+    smoltalk_stop: int = option(-1, "conversations of SmolTalk; -1: all")
     gsm8k_stop: int = option(-1, "word problems of GSM8K; -1: all")
     simple_spelling_size: int = option(200_000, "conversations that spell a word")
     spelling_bee_size: int = option(80_000, "conversations that count letters")
@@ -34,7 +36,7 @@ def main(cfg: Config) -> None:
 def mixture(cfg: Config) -> tuple[TaskMixture, TaskMixture]:
     """Training and validation conversations."""
     from tasks.common import TaskMixture
-    from tasks.customjson import CustomJSON, identity_file
+    from tasks.customjson import CustomJSON, extra_conversations, identity_file
     from tasks.gsm8k import GSM8K
     from tasks.mmlu import MMLU
     from tasks.smoltalk import SmolTalk
@@ -43,13 +45,14 @@ def mixture(cfg: Config) -> tuple[TaskMixture, TaskMixture]:
     identity = CustomJSON(identity_file())
     train = TaskMixture(
         [
-            SmolTalk("train"),
-            MMLU("all", "auxiliary_train"),
+            SmolTalk("train", stop=first(cfg.smoltalk_stop)),
+            *[MMLU("all", "auxiliary_train")] * cfg.mmlu_epochs,
             GSM8K("main", "train", stop=first(cfg.gsm8k_stop)),
             identity,
             identity,
             SimpleSpelling(cfg.simple_spelling_size, "train"),
             SpellingBee(cfg.spelling_bee_size, "train"),
+            *extra_conversations(cfg.extra_data),
         ]
     )
     return train, validation_mixture()

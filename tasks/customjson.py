@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from nanochat.common import print0
+from nanochat.common import UserError, data_root, print0
 from nanochat.conversation import Conversation, Message
 from nanochat.hub import data_file
 from tasks.common import RowError, Task, check_dialogue
@@ -46,6 +46,18 @@ class CustomJSON(Task):
 def identity_file() -> Path:
     """The conversations that tell the model who it is, downloaded if the data source is the hub."""
     return data_file("identity_conversations.jsonl", IDENTITY_URL)
+
+
+def extra_conversations(names: str) -> list[Task]:
+    """A task for each of the files (by commas; relative to the folder of the data source).
+
+    Raises UserError for one that does not exist.
+    """
+    paths = [data_root() / name.strip() for name in names.split(",") if name.strip()]
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path} does not exist; --extra-data names files of conversations")
+    return [CustomJSON(path) for path in paths]
 
 
 def _read(path: Path) -> list[list[Message]]:

@@ -26,6 +26,7 @@ CONFIGS = {
     "classic": GPTConfig.classic(**SIZES),
     "intermediate": GPTConfig(**INTERMEDIATE, **SIZES),
     "modern": GPTConfig.modern(window_pattern="SL", **SIZES),
+    "tied": GPTConfig.modern(window_pattern="SL", tie_embeddings=True, **SIZES),
 }
 # logits[0,0,:6], logits[0,-1,:6], mean, mean |logit|, loss, gradient norm, FLOPs per token
 GOLDEN = {
@@ -260,3 +261,26 @@ def test_optimizer_covers_every_parameter_in_the_specified_groups():
     assert groups[0]["lr"] == pytest.approx(0.008 * scale)
     assert groups[2]["lr"] == pytest.approx(0.5 * 0.3 * scale)
     assert all(group["initial_lr"] == group["lr"] for group in groups)
+
+
+def test_a_tied_table_reads_and_writes():
+    model = GPT.build(CONFIGS["tied"], "cpu", torch.float32)
+    model.init_weights()
+    assert model.lm_head.weight is model.wte.weight
+    untied = GPT.build(CONFIGS["modern"], "cpu", torch.float32)
+    untied.load_state_dict(model.state_dict())
+    torch.testing.assert_close(untied(golden_ids()), model(golden_ids()))
+    ids = golden_ids()
+    for network in (model, untied):
+        network(ids, ids.roll(-1, 1)).backward()
+    torch.testing.assert_close(model.wte.weight.grad, untied.wte.weight.grad + untied.lm_head.weight.grad)
+    counts, before = model.num_scaling_params(), untied.num_scaling_params()
+    assert (
+        counts["wte"] == 0
+        and counts["lm_head"] == before["lm_head"]
+        and counts["scalars"] == before["scalars"]
+    )
+    assert counts["total"] == sum(p.numel() for p in model.parameters()) == before["total"] - before["wte"]
+    groups = model.setup_optimizer().param_groups
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    assert groups[0]["params"] == [model.wte.weight]
