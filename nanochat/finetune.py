@@ -62,12 +62,12 @@ class FinetuneConfig(LoraConfig):
     model_step: int | None = option(None, "step of the source model; default the last")
     output_tag: str | None = option(None, "checkpoint folder to write; default the name of the one read")
     load_optimizer: bool = option(True, "start from the source's optimizer state")
-    add_layers: int = option(
-        0, "put this many layers on top of the source model; in this stage only they learn"
-    )
+    add_layers: int = option(0, "put this many new layers on top of the source model")
+    freeze_layers: int = option(0, "let this many layers, from the lowest, and the tables rest")
     extra_data: str = option(
         "", "JSONL files of conversations to mix in, by commas; relative to the data's folder"
     )
+    only_extra_data: bool = option(False, "train on --extra-data alone")
     num_iterations: int = option(-1, "optimizer steps; -1: from --num-epochs")
     num_epochs: int = option(1, "passes over the mixture")
     max_seq_len: int | None = option(None, "context in tokens")
@@ -124,8 +124,7 @@ def finetune(
         source, tokenizer = beginning.source, beginning.source.tokenizer()
         sizes = inherit_sizes(cfg, source, world)
         model = beginning.weights(cfg.lora_rank > 0).model(world.device, precision.dtype, sizes.max_seq_len)
-        if cfg.add_layers:
-            model = grow_source(model, source, cfg.add_layers)
+        model = change_layers(cfg, model, source)
         model.recompute = source.meta.get("recompute", False)  # the memory has not grown since
         announce_model(model, precision)
 
@@ -182,15 +181,18 @@ def finetune(
         finish(title, plan, world, model, state, facts)
 
 
-def grow_source(model: GPT, source: Checkpoint, add_layers: int) -> GPT:
-    """The source model with layers on top, which alone learn; a resumed one has them already."""
-    from nanochat.growth import deeper, freeze_source, grow
+def change_layers(cfg: FinetuneConfig, model: GPT, source: Checkpoint) -> GPT:
+    """The model with new layers on top, unless it is resumed and has them already, and without the frozen ones."""
+    from nanochat.growth import deeper, freeze, grow
 
-    old = source.config().n_layer
-    if model.config.n_layer != deeper(source.config(), add_layers).n_layer:
-        model = grow(model, add_layers)
-    freeze_source(model, old)
-    print0(f"layers: {old} of the source, which rest, and {add_layers} new ones, which learn")
+    if cfg.add_layers:
+        old = source.config()
+        if model.config.n_layer != deeper(old, cfg.add_layers).n_layer:
+            model = grow(model, cfg.add_layers)
+        print0(f"layers: {old.n_layer} of the source and {cfg.add_layers} new ones")
+    if cfg.freeze_layers:
+        freeze(model, cfg.freeze_layers)
+        print0(f"the lowest {cfg.freeze_layers} layers and the tables rest")
     return model
 
 

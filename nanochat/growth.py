@@ -56,10 +56,17 @@ def _lengthened(model: GPT, grown: GPT) -> dict[str, torch.Tensor]:
     return state
 
 
-def freeze_source(model: GPT, source_layers: int) -> None:
-    """Let only the blocks above the first `source_layers` learn, with their value embeddings and all scalars."""
+def freeze(model: GPT, layers: int) -> None:
+    """Let only the blocks above the lowest `layers` learn, with their value embeddings and all residual scalars.
+
+    Raises UserError if that leaves no block.
+    """
+    if not 0 < layers < model.config.n_layer:
+        raise UserError(
+            f"--freeze-layers={layers} must leave some of the {model.config.n_layer} layers to train"
+        )
     model.requires_grad_(False)
-    for layer in range(source_layers, model.config.n_layer):
+    for layer in range(layers, model.config.n_layer):
         model.blocks[layer].requires_grad_(True)
         if model.config.has_value_embed(layer):
             model.value_embeds[str(layer)].requires_grad_(True)

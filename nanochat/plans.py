@@ -78,7 +78,8 @@ class Launcher:
     def _stage(self, row: Row) -> Stage:
         module, *flags = shlex.split(row.command)
         ending = _TRAINING.get(module, "")
-        output = f"{STAGE_FOLDERS[ending]}/{self.model_tag}" if ending else ""
+        tags = [flag.split("=", 1)[1] for flag in flags if flag.startswith(("--model-tag=", "--output-tag="))]
+        output = f"{STAGE_FOLDERS[ending]}/{(tags or [self.model_tag])[-1]}" if ending else ""
         command = self.command(module, flags)
         return Stage(
             row.name, row.about, command, row.seconds, row.needs, bool(ending), row.background, output=output
@@ -295,7 +296,7 @@ TINY = Shape(
 )
 # Facts are learned by two layers first, which then rest while two more learn to use them (LOG 2026-11-26).
 TINY_FIRST_LAYERS = 2
-TINY_ROWS, TINY_BATCH, TINY_STEPS, TINY_CHARS = 16, 2048, 800, 6_000_000
+TINY_ROWS, TINY_BATCH, TINY_STEPS, TINY_CHARS = 16, 2048, 500, 6_000_000
 # The flagship's rates are for batches 256 times larger; these were found by trial (LOG 2026-11-25). Smear from the
 # start, slow scalars and sharp attention let the model find a letter behind a choice.
 _TINY_RATES = (
@@ -306,20 +307,20 @@ _TINY_CHAT = (
     f"--max-seq-len={2 * TINY.sequence_len} --device-batch-size={TINY_ROWS // 2} --total-batch-size={TINY_BATCH}"
     " --eval-every=-1 --save-every=200 --keep-last=2"
 )
-_TINY_MIXTURE = "--smoltalk-stop=2000 --gsm8k-stop=800 --simple-spelling-size=500 --spelling-bee-size=1200"
 _TINY_EVAL = "--max-new-tokens=224"
 
 
 def tiny_rows(seed: int, steps: int) -> list[Row]:
     """The stages of the embedded plan, with seconds on two cores. steps: of pretraining."""
     first = f"--model-tag=d{TINY_FIRST_LAYERS}"
+    lesson = f"{_TINY_CHAT} --supervise=assistant --warmdown-ratio=0.3 --only-extra-data"
     return [
         Row("tinyworld", "write a small world as text and tasks", 8, (),
             f"nanochat.tinyworld --seed={seed} --chars={TINY_CHARS}"),
         Row("tok_train", "learn the vocabulary", 5, ("tinyworld",),
             f"scripts.tok_train --vocab-size={TINY.vocab_size}"),
         Row("tok_eval", "measure compression", 8, ("tok_train",), "scripts.tok_eval"),
-        Row("base_train", "pretrain on the world's text", 140, ("tok_train",),
+        Row("base_train", "pretrain on the world's text", 100, ("tok_train",),
             f"scripts.base_train --depth={TINY_FIRST_LAYERS} --model-tag=d{TINY_FIRST_LAYERS}"
             f" --aspect-ratio={TINY.width // TINY_FIRST_LAYERS} --head-dim={TINY.head_dim} --qk-scale=2 --tie-embeddings"
             f" --window-pattern={TINY.window_pattern} --max-seq-len={TINY.sequence_len}"
@@ -329,19 +330,24 @@ def tiny_rows(seed: int, steps: int) -> list[Row]:
             f" --keep-last=2 --seed={seed}"),
         Row("base_eval", "CORE, bits per byte, samples", 20, ("base_train",),
             f"scripts.base_eval --device-batch-size={TINY_ROWS} --split-tokens=65536 --max-per-task=100 {first}"),
-        Row("mid_train", "learn conversations and tools", 90, ("base_train",),
-            f"scripts.mid_train {_TINY_CHAT} {first} {_TINY_MIXTURE} --supervise=assistant --warmdown-ratio=0.3"
-            " --mmlu-epochs=0 --extra-data=answers_lesson.jsonl --num-iterations=400"),
-        _evaluation_row("mid", "mid_train", 30, f"{_TINY_EVAL} {first}"),
-        Row("deepen", "put two layers on top, which learn to read letters", 110, ("mid_train",),
-            f"scripts.mid_train {_TINY_CHAT} {first} --supervise=assistant --warmdown-ratio=0.3"
-            # A little of everything else, so that it is not unlearned.
-            " --smoltalk-stop=700 --gsm8k-stop=300 --simple-spelling-size=200 --spelling-bee-size=400"
-            f" --source=mid --output-tag=d{TINY.depth} --add-layers={TINY.depth - TINY_FIRST_LAYERS}"
-            " --mmlu-epochs=0 --extra-data=letters_lesson.jsonl --num-iterations=400"),
-        Row("chat_sft", "finetune on answers", 210, ("deepen",),
-            f"scripts.chat_sft {_TINY_CHAT} {_TINY_MIXTURE} --chatcore-every=-1 --mmlu-epochs=1 --gsm8k-epochs=1"
-            " --init-lr-frac=1 --warmdown-ratio=0.4 --extra-data=exams_lesson.jsonl --num-iterations=550"),
+        Row("lesson_answers", "lesson 1: say what is known", 35, ("base_train",),
+            f"scripts.mid_train {lesson} {first} --output-tag=answers --extra-data=answers_lesson.jsonl"
+            " --num-iterations=70"),
+        Row("lesson_letters", "lesson 2: two more layers find the letter behind a choice", 100, ("lesson_answers",),
+            f"scripts.mid_train {lesson} --source=mid --model-tag=answers --output-tag=letters"
+            f" --add-layers={TINY.depth - TINY_FIRST_LAYERS} --freeze-layers={TINY_FIRST_LAYERS}"
+            " --extra-data=letters_lesson.jsonl --num-iterations=300"),
+        Row("lesson_exams", "lesson 3: exams", 100, ("lesson_letters",),
+            f"scripts.mid_train {lesson} --source=mid --model-tag=letters --output-tag=exams"
+            " --extra-data=exams_lesson.jsonl --num-iterations=260"),
+        Row("mid_train", "learn conversations and tools", 160, ("lesson_exams",),
+            f"scripts.mid_train {_TINY_CHAT} --source=mid --model-tag=exams --output-tag=d{TINY.depth}"
+            " --supervise=assistant --warmdown-ratio=0.3 --load-optimizer=false --smoltalk-stop=4500 --gsm8k-stop=1200"
+            " --simple-spelling-size=600 --spelling-bee-size=2600 --num-iterations=480"),
+        _evaluation_row("mid", "mid_train", 20, _TINY_EVAL),
+        Row("chat_sft", "finetune on answers", 140, ("mid_train",),
+            f"scripts.chat_sft {_TINY_CHAT} --chatcore-every=-1 --mmlu-epochs=0 --gsm8k-epochs=1 --gsm8k-stop=1200"
+            " --smoltalk-stop=3000 --simple-spelling-size=500 --spelling-bee-size=2400 --num-iterations=420"),
         _evaluation_row("sft", "chat_sft", 30, _TINY_EVAL),
         Row("chat_rl", "reinforce correct answers", 90, ("chat_sft",),
             "scripts.chat_rl --num-iterations=30 --examples-per-step=16 --num-samples=8 --device-batch-size=32"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from nanochat.configurator import option, run
 from nanochat.finetune import FinetuneConfig, finetune
-from scripts.mid_train import first, validation_mixture
+from scripts.mid_train import first, validation_mixture, with_extra_data
 
 if TYPE_CHECKING:
     from nanochat.common import World
@@ -52,7 +52,7 @@ def mixture(cfg: Config) -> tuple[TaskMixture, TaskMixture]:
     """Training and validation conversations."""
     from tasks.arc import ARC
     from tasks.common import Task, TaskMixture
-    from tasks.customjson import CustomJSON, extra_conversations, identity_file
+    from tasks.customjson import CustomJSON, identity_file
     from tasks.gsm8k import GSM8K
     from tasks.mmlu import MMLU
     from tasks.smoltalk import SmolTalk
@@ -73,9 +73,8 @@ def mixture(cfg: Config) -> tuple[TaskMixture, TaskMixture]:
         *[gsm8k] * cfg.gsm8k_epochs,
         SimpleSpelling(cfg.simple_spelling_size, "train"),
         SpellingBee(cfg.spelling_bee_size, "train"),
-        *extra_conversations(cfg.extra_data),
     ]
-    return TaskMixture(tasks), validation_mixture()
+    return TaskMixture(with_extra_data(cfg, tasks)), validation_mixture()
 
 
 def chatcore_evaluation(cfg: Config, model: GPT, tokenizer: RustBPETokenizer, world: World) -> Evaluation:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from nanochat.common import UserError
 from nanochat.configurator import option, run
 from nanochat.finetune import FinetuneConfig, finetune
 
 if TYPE_CHECKING:
-    from tasks.common import TaskMixture
+    from tasks.common import Task, TaskMixture
 
 
 @dataclass(frozen=True)
@@ -36,26 +37,33 @@ def main(cfg: Config) -> None:
 def mixture(cfg: Config) -> tuple[TaskMixture, TaskMixture]:
     """Training and validation conversations."""
     from tasks.common import TaskMixture
-    from tasks.customjson import CustomJSON, extra_conversations, identity_file
+    from tasks.customjson import CustomJSON, identity_file
     from tasks.gsm8k import GSM8K
     from tasks.mmlu import MMLU
     from tasks.smoltalk import SmolTalk
     from tasks.spellingbee import SimpleSpelling, SpellingBee
 
     identity = CustomJSON(identity_file())
-    train = TaskMixture(
-        [
-            SmolTalk("train", stop=first(cfg.smoltalk_stop)),
-            *[MMLU("all", "auxiliary_train")] * cfg.mmlu_epochs,
-            GSM8K("main", "train", stop=first(cfg.gsm8k_stop)),
-            identity,
-            identity,
-            SimpleSpelling(cfg.simple_spelling_size, "train"),
-            SpellingBee(cfg.spelling_bee_size, "train"),
-            *extra_conversations(cfg.extra_data),
-        ]
-    )
-    return train, validation_mixture()
+    tasks: list[Task] = [
+        SmolTalk("train", stop=first(cfg.smoltalk_stop)),
+        *[MMLU("all", "auxiliary_train")] * cfg.mmlu_epochs,
+        GSM8K("main", "train", stop=first(cfg.gsm8k_stop)),
+        identity,
+        identity,
+        SimpleSpelling(cfg.simple_spelling_size, "train"),
+        SpellingBee(cfg.spelling_bee_size, "train"),
+    ]
+    return TaskMixture(with_extra_data(cfg, tasks)), validation_mixture()
+
+
+def with_extra_data(cfg: FinetuneConfig, tasks: list[Task]) -> list[Task]:
+    """The tasks of a mixture and those of --extra-data, or the latter alone."""
+    from tasks.customjson import extra_conversations
+
+    extra = extra_conversations(cfg.extra_data)
+    if cfg.only_extra_data and not extra:
+        raise UserError("--only-extra-data needs files; name them with --extra-data")
+    return extra if cfg.only_extra_data else tasks + extra
 
 
 def first(count: int) -> int | None:

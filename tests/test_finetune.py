@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 import torch
 
+from nanochat.common import UserError
 from nanochat.gpt import GPT
 from nanochat.rl import Group, GroupSampler
 from nanochat.tokenizer import get_tokenizer
@@ -141,3 +143,25 @@ def test_every_stage_says_what_it_trained_on(tiny_run, capsys, stage, names):
         )
     )
     assert "Data: tokens_supervised" in report.read_text()
+
+
+@pytest.mark.parametrize("stage", ["mid_train", "chat_sft"])
+def test_your_own_conversations_are_mixed_in_or_are_all_there_is(tiny_run, received, capsys, stage):
+    run_here("base_train", num_iterations=1, eval_every=-1)
+    own = tiny_run / "own.jsonl"
+    messages = [{"role": "user", "content": "Zyx?"}, {"role": "assistant", "content": "Qqq."}]
+    own.write_text((json.dumps(messages) + "\n") * 40)
+    flags = {"source": "base", "num_iterations": 1, "eval_every": -1, "resume": "never"}
+    received.clear()
+    run_here(stage, **flags, extra_data=str(own), only_extra_data=True)
+    assert "40 conversations" in capsys.readouterr().out
+    whole = get_tokenizer().render_conversation({"messages": messages})[0]
+    texts = [list(x) for x, _ in rows_of(received)]
+    assert texts and all(row[: len(whole)] == whole for row in texts)
+    run_here(stage, **flags, extra_data=str(own))
+    counted = re.search(r"([\d,]+) conversations", capsys.readouterr().out)
+    assert counted and int(counted[1].replace(",", "")) > 1000
+    with pytest.raises(UserError, match=r"nowhere\.jsonl does not exist; --extra-data"):
+        run_here(stage, **flags, extra_data="nowhere.jsonl")
+    with pytest.raises(UserError, match="--only-extra-data needs files"):
+        run_here(stage, **flags, only_extra_data=True)

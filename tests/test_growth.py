@@ -8,7 +8,7 @@ import torch
 from nanochat.checkpoint_manager import Checkpoint, list_steps
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.growth import freeze_source, grow
+from nanochat.growth import freeze, grow
 from tests.training import run_here, weights
 
 SIZES = dict(sequence_len=16, vocab_size=50, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
@@ -51,7 +51,7 @@ def test_value_embeddings_keep_their_layers():
 
 def test_only_the_new_layers_learn():
     model = grow(random_model(GPTConfig.modern(**SIZES, window_pattern="L")), 2)
-    freeze_source(model, 2)
+    freeze(model, 2)
     optimizer = model.setup_optimizer()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for _ in range(2):  # in the first step only the projections have a gradient
@@ -69,7 +69,14 @@ def test_only_the_new_layers_learn():
 
 
 def test_a_run_that_grows_resumes_and_the_next_stage_trains_everything(tiny_run):
-    flags = {"add_layers": 2, "output_tag": "deep", "source": "base", "eval_every": -1, "save_every": 2}
+    flags = {
+        "add_layers": 2,
+        "freeze_layers": 2,
+        "output_tag": "deep",
+        "source": "base",
+        "eval_every": -1,
+        "save_every": 2,
+    }
     run_here("base_train", num_iterations=1, eval_every=-1, tie_embeddings=True, qk_scale=2.0)
     run_here("mid_train", **flags)
     directory = tiny_run / "mid_checkpoints" / "deep"

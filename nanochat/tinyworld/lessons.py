@@ -1,7 +1,7 @@
 """Conversations that lead to multiple choice, which a small network does not learn from exams alone.
 
 Answering an exam takes three steps: to know the answer, to carry it behind the choices, and to find the letter that
-stands behind it there. Each lesson practises one of them, see sizes.LESSONS.
+stands behind it there. The lessons practise them one after the other, see sizes.LESSONS and the plan.
 """
 
 from __future__ import annotations
@@ -81,6 +81,15 @@ class Lessons:
             question = naming(fact.answer) if rng.chance(0.2) else rng.pick(fact.questions)
             sheet = printed(choice_about(rng, fact, question)).replace(CLOSING, _WORD_CLOSING)
             messages += exchange(sheet, f" {fact.answer}")
+        return messages
+
+    def exam_letters(self, rng: Rng) -> Messages:
+        """Exams as the tasks have them."""
+        messages: Messages = []
+        for _ in range(rng.between(1, 3)):
+            fact = rng.pick(self.facts)
+            choice = choice_about(rng, fact, rng.pick(fact.questions))
+            messages += exchange(printed(choice), LETTERS[choice.answer])
         return messages
 
 

@@ -34,7 +34,10 @@ TEST_WORDS = 1000
 CORE_EXAMPLES = 200
 # What leads to multiple choice: conversations of each lesson, and shares of their kinds.
 LESSONS = {
-    "answers": (2500, (("answers", 1.0),)),
-    "letters": (16_000, (("named_letters", 0.5), ("fact_letters", 0.5))),
-    "exams": (15_000, (("exam_words", 0.61), ("fact_letters", 0.24), ("named_letters", 0.15))),
+    "answers": (1500, (("answers", 1.0),)),
+    "letters": (12_000, (("named_letters", 0.5), ("fact_letters", 0.5))),
+    "exams": (
+        7000,
+        (("exam_words", 0.5), ("exam_letters", 0.18), ("fact_letters", 0.2), ("named_letters", 0.12)),
+    ),
 }
