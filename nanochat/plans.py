@@ -1,7 +1,7 @@
 """The plans of a whole run: which stages with which flags, chosen by hardware and data source.
 
 hub data: speedrun (GPUs, sized by number and memory), run1000 (depth 32), cpu (a small model on a laptop).
-Embedded data: tinyworld, which needs neither GPU nor network.
+Embedded data: nanochat/tinyworld_plan.py, which needs neither GPU nor network.
 """
 
 from __future__ import annotations
@@ -234,20 +234,21 @@ def _tuning_rows(seconds: float, mid: str, sft: str, evaluation: str) -> list[Ro
         Row(
             "mid_train", "learn conversations and tools", seconds, ("base_train",), f"scripts.mid_train {mid}"
         ),
-        _evaluation_row("mid", "mid_train", seconds / 2, evaluation),
+        evaluation_row("mid", "mid_train", seconds / 2, evaluation),
         Row("chat_sft", "finetune on answers", seconds, ("mid_train",), f"scripts.chat_sft {sft}"),
-        _evaluation_row("sft", "chat_sft", seconds / 2, evaluation),
+        evaluation_row("sft", "chat_sft", seconds / 2, evaluation),
     ]
 
 
 def _reinforcement_rows(seconds: float, flags: str, evaluation: str) -> list[Row]:
     return [
         Row("chat_rl", "reinforce correct answers", seconds, ("chat_sft",), f"scripts.chat_rl {flags}"),
-        _evaluation_row("rl", "chat_rl", seconds / 6, evaluation),
+        evaluation_row("rl", "chat_rl", seconds / 6, evaluation),
     ]
 
 
-def _evaluation_row(source: str, trained_by: str, seconds: float, flags: str) -> Row:
+def evaluation_row(source: str, trained_by: str, seconds: float, flags: str) -> Row:
+    """The row that scores the model of a stage."""
     about = f"score the {source} model on its tasks"
     return Row(f"chat_eval_{source}", about, seconds, (trained_by,), f"scripts.chat_eval -i {source} {flags}")
 
@@ -281,92 +282,3 @@ def cpu_plan() -> Plan:
     disk = 9 * SHARD_BYTES + 3 * checkpoint_bytes(shape)
     why = "web text without a GPU, as asked for"
     return Plan("cpu", why, Launcher(1, "d6").stages(table), {"NANOCHAT_DATA": "hub"}, facts, disk)
-
-
-# --- TinyWorld ---------------------------------------------------------------------------------------
-
-TINY = Shape(
-    4,
-    vocab_size=2048,
-    sequence_len=128,
-    aspect_ratio=32,
-    head_dim=32,
-    window_pattern="L",
-    tie_embeddings=True,
-)
-# Facts are learned by two layers first, which then rest while two more learn to use them (LOG 2026-11-26).
-TINY_FIRST_LAYERS = 2
-TINY_ROWS, TINY_BATCH, TINY_STEPS, TINY_CHARS = 16, 2048, 500, 6_000_000
-# The flagship's rates are for batches 256 times larger; these were found by trial (LOG 2026-11-25). Smear from the
-# start, slow scalars and sharp attention let the model find a letter behind a choice.
-_TINY_RATES = (
-    "--matrix-lr=0.32 --embedding-lr=0.16 --scalar-lr=0.032 --smear-lr=0.002 --smear-init=1 --weight-decay=0"
-)
-# Conversations are longer than the rows of pretraining: half as many rows of twice the length.
-_TINY_CHAT = (
-    f"--max-seq-len={2 * TINY.sequence_len} --device-batch-size={TINY_ROWS // 2} --total-batch-size={TINY_BATCH}"
-    " --eval-every=-1 --save-every=200 --keep-last=2"
-)
-_TINY_EVAL = "--max-new-tokens=224"
-
-
-def tiny_rows(seed: int, steps: int) -> list[Row]:
-    """The stages of the embedded plan, with seconds on two cores. steps: of pretraining."""
-    first = f"--model-tag=d{TINY_FIRST_LAYERS}"
-    lesson = f"{_TINY_CHAT} --supervise=assistant --warmdown-ratio=0.3 --only-extra-data"
-    return [
-        Row("tinyworld", "write a small world as text and tasks", 8, (),
-            f"nanochat.tinyworld --seed={seed} --chars={TINY_CHARS}"),
-        Row("tok_train", "learn the vocabulary", 5, ("tinyworld",),
-            f"scripts.tok_train --vocab-size={TINY.vocab_size}"),
-        Row("tok_eval", "measure compression", 8, ("tok_train",), "scripts.tok_eval"),
-        Row("base_train", "pretrain on the world's text", 100, ("tok_train",),
-            f"scripts.base_train --depth={TINY_FIRST_LAYERS} --model-tag=d{TINY_FIRST_LAYERS}"
-            f" --aspect-ratio={TINY.width // TINY_FIRST_LAYERS} --head-dim={TINY.head_dim} --qk-scale=2 --tie-embeddings"
-            f" --window-pattern={TINY.window_pattern} --max-seq-len={TINY.sequence_len}"
-            f" --device-batch-size={TINY_ROWS} --total-batch-size={TINY_BATCH} {_TINY_RATES} --packing=stream"
-            f" --momentum-warmup-steps=100 --warmup-steps=20 --warmdown-ratio=0.4 --num-iterations={steps}"
-            f" --eval-every=400 --eval-tokens=65536 --core-metric-every=-1 --sample-every=-1 --save-every=400"
-            f" --keep-last=2 --seed={seed}"),
-        Row("base_eval", "CORE, bits per byte, samples", 20, ("base_train",),
-            f"scripts.base_eval --device-batch-size={TINY_ROWS} --split-tokens=65536 --max-per-task=100 {first}"),
-        Row("lesson_answers", "lesson 1: say what is known", 35, ("base_train",),
-            f"scripts.mid_train {lesson} {first} --output-tag=answers --extra-data=answers_lesson.jsonl"
-            " --num-iterations=70"),
-        Row("lesson_letters", "lesson 2: two more layers find the letter behind a choice", 100, ("lesson_answers",),
-            f"scripts.mid_train {lesson} --source=mid --model-tag=answers --output-tag=letters"
-            f" --add-layers={TINY.depth - TINY_FIRST_LAYERS} --freeze-layers={TINY_FIRST_LAYERS}"
-            " --extra-data=letters_lesson.jsonl --num-iterations=300"),
-        Row("lesson_exams", "lesson 3: exams", 100, ("lesson_letters",),
-            f"scripts.mid_train {lesson} --source=mid --model-tag=letters --output-tag=exams"
-            " --extra-data=exams_lesson.jsonl --num-iterations=260"),
-        Row("mid_train", "learn conversations and tools", 160, ("lesson_exams",),
-            f"scripts.mid_train {_TINY_CHAT} --source=mid --model-tag=exams --output-tag=d{TINY.depth}"
-            " --supervise=assistant --warmdown-ratio=0.3 --load-optimizer=false --smoltalk-stop=4500 --gsm8k-stop=1200"
-            " --simple-spelling-size=600 --spelling-bee-size=2600 --num-iterations=480"),
-        _evaluation_row("mid", "mid_train", 20, _TINY_EVAL),
-        Row("chat_sft", "finetune on answers", 140, ("mid_train",),
-            f"scripts.chat_sft {_TINY_CHAT} --chatcore-every=-1 --mmlu-epochs=0 --gsm8k-epochs=1 --gsm8k-stop=1200"
-            " --smoltalk-stop=3000 --simple-spelling-size=500 --spelling-bee-size=2400 --num-iterations=420"),
-        _evaluation_row("sft", "chat_sft", 30, _TINY_EVAL),
-        Row("chat_rl", "reinforce correct answers", 90, ("chat_sft",),
-            "scripts.chat_rl --num-iterations=30 --examples-per-step=16 --num-samples=8 --device-batch-size=32"
-            " --max-new-tokens=96 --eval-every=15 --eval-examples=100 --eval-samples=4 --save-every=15"
-            # Tables that learn as fast as in pretraining unlearn what the problems do not practise (LOG 2026-11-25).
-            " --embedding-lr=0.01 --unembedding-lr=0.002 --matrix-lr=0.06"),
-        _evaluation_row("rl", "chat_rl", 30, _TINY_EVAL),
-    ]  # fmt: skip
-
-
-def tinyworld_plan(why: str, cores: int = 2, seed: int = 0) -> Plan:
-    """The embedded plan: thirteen minutes on two slow cores; more cores train longer in the same time."""
-    # A model this small uses further cores badly: twice the steps on 8, three times on 18 and beyond.
-    steps = round(TINY_STEPS * min(3.0, math.sqrt(max(1.0, cores / 2))))
-    facts = model_facts(TINY, Horizon(steps, TINY_BATCH, 1.0, 1.0, "--num-iterations")) | {
-        "memory": f"about {format_bytes(training_bytes(TINY, TINY_ROWS, 1, on_gpu=False) + 500e6)}",
-        "data": f"tinyworld, {TINY_CHARS:,} characters, seed {seed}",
-        "cores": str(cores),
-    }
-    stages = Launcher(1, f"d{TINY.depth}").stages(tiny_rows(seed, steps))
-    disk = TINY_CHARS + 4 * checkpoint_bytes(TINY)
-    return Plan("tinyworld", why, stages, {"NANOCHAT_DATA": "tinyworld"}, facts, disk)

@@ -60,13 +60,14 @@ def make_plan(cfg: Config):
     """The plan for this machine, and why it was chosen."""
     from nanochat import plans
     from nanochat.environment import gpus, usable_cores
+    from nanochat.tinyworld_plan import tinyworld_plan
 
     wants_tinyworld = cfg.plan == "tinyworld" or (
         cfg.plan == "auto" and os.environ.get("NANOCHAT_DATA") == "tinyworld"
     )
     if wants_tinyworld:
         why = "asked for by --plan" if cfg.plan == "tinyworld" else "asked for by NANOCHAT_DATA=tinyworld"
-        return plans.tinyworld_plan(why, usable_cores(), cfg.seed)
+        return tinyworld_plan(why, usable_cores(), cfg.seed)
     if cfg.plan == "cpu":
         return plans.cpu_plan()
     found = visible(gpus())
@@ -82,7 +83,7 @@ def make_plan(cfg: Config):
         data_source()  # rejects names that are no data source
         return plans.cpu_plan()
     why = f"no CUDA GPU here: embedded data, sized for {usable_cores()} cores"
-    return plans.tinyworld_plan(why, usable_cores(), cfg.seed)
+    return tinyworld_plan(why, usable_cores(), cfg.seed)
 
 
 def visible(found: tuple) -> tuple:

@@ -21,6 +21,7 @@ from nanochat.environment import Gpu
 from nanochat.memory import training_bytes
 from nanochat.pipeline import Plan
 from nanochat.sizing import Shape
+from nanochat.tinyworld_plan import tinyworld_plan
 from scripts import speedrun, sweep
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +46,7 @@ ALL_PLANS = {
     "one card": lambda: plans.gpu_plan((RTX_4090,)),
     "run1000": lambda: plans.run1000_plan((H100,) * 8),
     "cpu": plans.cpu_plan,
-    "tinyworld": lambda: plans.tinyworld_plan("test"),
+    "tinyworld": lambda: tinyworld_plan("test"),
 }
 
 
@@ -99,7 +100,7 @@ def test_run1000_is_depth_32_with_8_rows():
 
 
 def test_tinyworld_fits_a_quarter_of_an_hour_and_uses_the_seed():
-    plan = plans.tinyworld_plan("test", cores=2, seed=7)
+    plan = tinyworld_plan("test", cores=2, seed=7)
     assert sum(stage.seconds for stage in plan.stages) < 14 * 60  # the rest is for the set-up
     assert "--seed=7" in command(plan, "tinyworld") and "--seed=7" in command(plan, "base_train")
     assert plan.environment == {"NANOCHAT_DATA": "tinyworld"}
@@ -115,9 +116,7 @@ def test_tinyworld_fits_a_quarter_of_an_hour_and_uses_the_seed():
 
 def test_more_cores_train_longer():
     def steps(cores):
-        return int(
-            command(plans.tinyworld_plan("t", cores), "base_train").split("--num-iterations=")[1].split()[0]
-        )
+        return int(command(tinyworld_plan("t", cores), "base_train").split("--num-iterations=")[1].split()[0])
 
     assert steps(1) == steps(2) < steps(8) <= steps(64) <= 3 * steps(2)
 

@@ -26,16 +26,21 @@ def test_base_training(pretrained):
 
 
 @pytest.mark.parametrize(
-    ("stage", "folder"), [("mid_train", "mid"), ("chat_sft", "chatsft"), ("chat_rl", "chatrl")]
+    ("stage", "folder", "flags"),
+    [
+        ("mid_train", "mid", {"source": "base"}),
+        ("mid_train", "mid", {"source": "base", "add_layers": 1, "freeze_layers": 2}),
+        ("chat_sft", "chatsft", {"source": "base"}),
+        ("chat_rl", "chatrl", {}),
+    ],
 )
-def test_later_stages(pretrained, stage, folder):
+def test_later_stages(pretrained, stage, folder, flags):
     if stage == "chat_rl":
         run_processes("chat_sft", source="base")
-    source = {} if stage == "chat_rl" else {"source": "base"}
     directory = pretrained / f"{folder}_checkpoints" / "t"
-    run_processes(stage, ranks=1, **source)
+    run_processes(stage, ranks=1, **flags)
     one = weights(directory)
-    run_processes(stage, ranks=2, resume="never", **source)
+    run_processes(stage, ranks=2, resume="never", **flags)
     assert largest_difference(one, weights(directory)) < ROUNDING
 
 
