@@ -92,15 +92,13 @@ async def measure(cfg: Config, url: str, pid: int) -> dict[str, object]:
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
         idle = idle_cpu(pid)
-        await ask(cfg, http, 0)  # the first request warms the engine
-        alone = [await ask(cfg, http, seed) for seed in range(cfg.clients)]
+        await ask(cfg, url, 0)  # the first request warms the engine
+        alone = [await ask(cfg, url, seed) for seed in range(cfg.clients)]
         alone_rate = sum(one.num_tokens for one in alone) / sum(one.total_s for one in alone)
-        begun = time.monotonic()
-        watch = asyncio.create_task(watch_health(http))
-        together = await asyncio.gather(*(ask(cfg, http, seed) for seed in range(cfg.clients)))
-        rate = sum(one.num_tokens for one in together) / (time.monotonic() - begun)
-        watch.cancel()
-        health = await watch
+        with watched_health(url) as health:
+            begun = time.monotonic()
+            together = await asyncio.gather(*(ask(cfg, url, seed) for seed in range(cfg.clients)))
+            rate = sum(one.num_tokens for one in together) / (time.monotonic() - begun)
         firsts = sorted(one.first_s for one in together)
         result: dict[str, object] = {
             "idle_cpu_percent": round(idle, 2),
@@ -115,7 +113,7 @@ async def measure(cfg: Config, url: str, pid: int) -> dict[str, object]:
             "health_asked": len(health),
         }
         result["idle_after_leaving_s"] = await leave(cfg, http)
-        result["slow_reader_ttft_ms"] = await beside_a_slow_reader(cfg, http, url)
+        result["slow_reader_ttft_ms"] = await beside_a_slow_reader(cfg, url)
         return result
 
 
@@ -127,35 +125,62 @@ def body_of(cfg: Config, seed: int) -> dict[str, object]:
     }  # fmt: skip
 
 
-async def ask(cfg: Config, http: httpx.AsyncClient, seed: int) -> Answer:
-    """Stream one answer."""
+async def ask(cfg: Config, url: str, seed: int) -> Answer:
+    """Stream one answer, over a bare connection: the clients share the machine and must not be what is measured."""
     begun, first, text, usage = time.monotonic(), None, "", {}
-    async with http.stream("POST", "/chat/completions", json=body_of(cfg, seed)) as response:
-        assert response.status_code == 200, response.status_code
-        async for line in response.aiter_lines():
-            if not line.startswith("data: "):
-                continue
-            event = json.loads(line.removeprefix("data: "))
-            assert "error" not in event, event
-            if "token" in event or "tool" in event:
-                first = first or time.monotonic() - begun
-            text += event.get("token", "")
-            usage = event.get("usage", usage)
+    host, port = address(url)
+    body = json.dumps(body_of(cfg, seed)).encode()
+    head = f"POST /chat/completions HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
+    reader, writer = await asyncio.open_connection(host, port)
+    writer.write((head + "Content-Type: application/json\r\n\r\n").encode() + body)
+    status = await reader.readline()
+    assert b" 200 " in status, status
+    async for line in reader:
+        if not line.startswith(b"data: "):
+            continue
+        event = json.loads(line[len(b"data: ") :])
+        assert "error" not in event, event
+        if "token" in event or "tool" in event:
+            first = first or time.monotonic() - begun
+        text += event.get("token", "")
+        usage = event.get("usage", usage)
+    writer.close()
     total = time.monotonic() - begun
     return Answer(text, usage["completion_tokens"], first or total, total)
 
 
-async def watch_health(http: httpx.AsyncClient) -> list[float]:
-    """Seconds that /health took, until cancelled."""
+def address(url: str) -> tuple[str, int]:
+    """Host and port of the server."""
+    host, port = url.removeprefix("http://").split(":")
+    return "127.0.0.1" if host == "localhost" else host, int(port)
+
+
+@contextmanager
+def watched_health(url: str) -> Iterator[list[float]]:
+    """Seconds that /health took, asked every 20 ms by a process of its own; the list is filled at the end."""
     took: list[float] = []
-    try:
-        while True:
-            begun = time.monotonic()
-            assert (await http.get("/health")).status_code == 200
-            took.append(time.monotonic() - begun)
-            await asyncio.sleep(0.02)
-    except asyncio.CancelledError:
-        return took
+    command = [sys.executable, "-c", _WATCH, *map(str, address(url))]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # it has begun
+        yield took
+        took += json.loads(process.communicate("")[0])
+
+
+_WATCH = """
+import http.client, json, select, sys, time
+took, connection = [], http.client.HTTPConnection(sys.argv[1], int(sys.argv[2]))
+print(flush=True)
+while not select.select([sys.stdin], [], [], 0.02)[0]:
+    begun = time.monotonic()
+    connection.request("GET", "/health")
+    answer = connection.getresponse()
+    answer.read()
+    assert answer.status == 200
+    took.append(time.monotonic() - begun)
+print(json.dumps(took))
+"""
 
 
 async def leave(cfg: Config, http: httpx.AsyncClient) -> float:
@@ -183,16 +208,13 @@ async def stats(http: httpx.AsyncClient) -> dict:
     return (await http.get("/stats")).json()
 
 
-async def beside_a_slow_reader(cfg: Config, http: httpx.AsyncClient, url: str) -> float:
+async def beside_a_slow_reader(cfg: Config, url: str) -> float:
     """Milliseconds to the first token, the median of others, while one client does not read its large answer."""
-    host, port = url.removeprefix("http://").split(":")
     body = json.dumps(body_of(cfg, 0) | {"max_tokens": 4096, "logprobs": 20}).encode()
-    _, writer = await asyncio.open_connection(
-        "127.0.0.1" if host == "localhost" else host, int(port), limit=1
-    )
+    _, writer = await asyncio.open_connection(*address(url), limit=1)
     head = f"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
     writer.write((head + "Content-Type: application/json\r\n\r\n").encode() + body)
-    others = [(await ask(cfg, http, seed)).first_s for seed in range(10)]
+    others = [(await ask(cfg, url, seed)).first_s for seed in range(10)]
     writer.close()
     return round(1000 * statistics.median(others), 1)
 

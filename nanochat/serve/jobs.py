@@ -132,10 +132,7 @@ class Job:
         open_choices = len(self.choices)
         while open_choices:
             if not self._items:
-                self._arrived.clear()
-                try:
-                    await asyncio.wait_for(self._arrived.wait(), silence_s)
-                except asyncio.TimeoutError:
+                if not await self._wait(silence_s):
                     yield None
                 continue
             item = self._items.popleft()
@@ -146,13 +143,20 @@ class Job:
 
     async def wait_started(self, timeout_s: float) -> None:
         """Wait until a worker took the job; raise ApiError if it was refused. Gives up after timeout_s."""
-        if not self._items:
-            try:
-                await asyncio.wait_for(self._arrived.wait(), timeout_s)
-            except asyncio.TimeoutError:
-                return
+        if not self._items and not await self._wait(timeout_s):
+            return
         if isinstance(self._items[0], Failed):
             raise failure(self._items[0])
+
+    async def _wait(self, timeout_s: float) -> bool:
+        """Wait for items; whether some came in time. Without wait_for, which would start a task for every token."""
+        self._arrived.clear()
+        timer = asyncio.get_running_loop().call_later(timeout_s, self._arrived.set)
+        try:
+            await self._arrived.wait()
+        finally:
+            timer.cancel()
+        return bool(self._items)
 
     # --- facts for responses
 
