@@ -64,9 +64,7 @@ class FinetuneConfig(LoraConfig):
     load_optimizer: bool = option(True, "start from the source's optimizer state")
     add_layers: int = option(0, "put this many new layers on top of the source model")
     freeze_layers: int = option(0, "let this many layers, from the lowest, and the tables rest")
-    extra_data: str = option(
-        "", "JSONL files of conversations to mix in, by commas; relative to the data's folder"
-    )
+    extra_data: str = option("", "JSONL files of more conversations, by commas; here or in the data's folder")
     only_extra_data: bool = option(False, "train on --extra-data alone")
     num_iterations: int = option(-1, "optimizer steps; -1: from --num-epochs")
     num_epochs: int = option(1, "passes over the mixture")
@@ -183,8 +181,13 @@ def finetune(
 
 def change_layers(cfg: FinetuneConfig, model: GPT, source: Checkpoint) -> GPT:
     """The model with new layers on top, unless it is resumed and has them already, and without the frozen ones."""
+    from nanochat.common import UserError
     from nanochat.growth import deeper, freeze, grow
 
+    if cfg.lora_rank and (cfg.add_layers or cfg.freeze_layers):
+        raise UserError(
+            "--lora-rank trains adapters alone; it does not go with --add-layers and --freeze-layers"
+        )
     if cfg.add_layers:
         old = source.config()
         if model.config.n_layer != deeper(old, cfg.add_layers).n_layer:

@@ -1,7 +1,7 @@
-"""More layers on top of a trained model, which alone learn at first. [LLaMA Pro, Wu et al. 2024, arXiv 2401.02415]
+"""More layers on top of a trained model, and layers that rest. [LLaMA Pro, Wu et al. 2024, arXiv 2401.02415]
 
-The projections of the new blocks start at zero, so the deeper network begins where the source model ended. What the
-source knows cannot be overwritten while its own weights rest; the stage after that trains everything.
+The projections of the new blocks start at zero, so the deeper network begins where the source model ended. While the
+layers of the source rest, what they know cannot be overwritten; a later stage trains everything.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nanochat.gpt import GPT
     from nanochat.tokenizer import RustBPETokenizer
     from nanochat.training_run import Evaluation
-    from tasks.common import TaskMixture
+    from tasks.common import Task, TaskMixture
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,12 @@ def main(cfg: Config) -> None:
 
 def mixture(cfg: Config) -> tuple[TaskMixture, TaskMixture]:
     """Training and validation conversations."""
+    return with_extra_data(cfg, lambda: usual_tasks(cfg)), validation_mixture()
+
+
+def usual_tasks(cfg: Config) -> list[Task]:
+    """What finetuning is about: that of mid-training, and the exams of ARC."""
     from tasks.arc import ARC
-    from tasks.common import Task, TaskMixture
     from tasks.customjson import CustomJSON, identity_file
     from tasks.gsm8k import GSM8K
     from tasks.mmlu import MMLU
@@ -63,7 +67,7 @@ def mixture(cfg: Config) -> tuple[TaskMixture, TaskMixture]:
         MMLU("all", "auxiliary_train"),
         GSM8K("main", "train", stop=first(cfg.gsm8k_stop)),
     )
-    tasks: list[Task] = [
+    return [
         SmolTalk("train", stop=first(cfg.smoltalk_stop)),
         ARC("ARC-Easy", "train"),
         ARC("ARC-Challenge", "train"),
@@ -74,7 +78,6 @@ def mixture(cfg: Config) -> tuple[TaskMixture, TaskMixture]:
         SimpleSpelling(cfg.simple_spelling_size, "train"),
         SpellingBee(cfg.spelling_bee_size, "train"),
     ]
-    return TaskMixture(with_extra_data(cfg, tasks)), validation_mixture()
 
 
 def chatcore_evaluation(cfg: Config, model: GPT, tokenizer: RustBPETokenizer, world: World) -> Evaluation:

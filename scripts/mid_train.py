@@ -14,6 +14,8 @@ from nanochat.configurator import option, run
 from nanochat.finetune import FinetuneConfig, finetune
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tasks.common import Task, TaskMixture
 
 
@@ -36,7 +38,11 @@ def main(cfg: Config) -> None:
 
 def mixture(cfg: Config) -> tuple[TaskMixture, TaskMixture]:
     """Training and validation conversations."""
-    from tasks.common import TaskMixture
+    return with_extra_data(cfg, lambda: usual_tasks(cfg)), validation_mixture()
+
+
+def usual_tasks(cfg: Config) -> list[Task]:
+    """What mid-training is about: talk, knowledge, and the tools."""
     from tasks.customjson import CustomJSON, identity_file
     from tasks.gsm8k import GSM8K
     from tasks.mmlu import MMLU
@@ -44,7 +50,7 @@ def mixture(cfg: Config) -> tuple[TaskMixture, TaskMixture]:
     from tasks.spellingbee import SimpleSpelling, SpellingBee
 
     identity = CustomJSON(identity_file())
-    tasks: list[Task] = [
+    return [
         SmolTalk("train", stop=first(cfg.smoltalk_stop)),
         *[MMLU("all", "auxiliary_train")] * cfg.mmlu_epochs,
         GSM8K("main", "train", stop=first(cfg.gsm8k_stop)),
@@ -53,17 +59,17 @@ def mixture(cfg: Config) -> tuple[TaskMixture, TaskMixture]:
         SimpleSpelling(cfg.simple_spelling_size, "train"),
         SpellingBee(cfg.spelling_bee_size, "train"),
     ]
-    return TaskMixture(with_extra_data(cfg, tasks)), validation_mixture()
 
 
-def with_extra_data(cfg: FinetuneConfig, tasks: list[Task]) -> list[Task]:
-    """The tasks of a mixture and those of --extra-data, or the latter alone."""
+def with_extra_data(cfg: FinetuneConfig, usual: Callable[[], list[Task]]) -> TaskMixture:
+    """The usual tasks mixed with those of --extra-data, or the latter alone, which downloads nothing else."""
+    from tasks.common import TaskMixture
     from tasks.customjson import extra_conversations
 
     extra = extra_conversations(cfg.extra_data)
     if cfg.only_extra_data and not extra:
         raise UserError("--only-extra-data needs files; name them with --extra-data")
-    return extra if cfg.only_extra_data else tasks + extra
+    return TaskMixture(extra if cfg.only_extra_data else usual() + extra)
 
 
 def first(count: int) -> int | None:

@@ -49,15 +49,17 @@ def identity_file() -> Path:
 
 
 def extra_conversations(names: str) -> list[Task]:
-    """A task for each of the files (by commas; relative to the folder of the data source).
+    """A task for each of the files, by commas; each is sought as it is named, then in the data source's folder.
 
     Raises UserError for one that does not exist.
     """
-    paths = [data_root() / name.strip() for name in names.split(",") if name.strip()]
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"{path} does not exist; --extra-data names files of conversations")
-    return [CustomJSON(path) for path in paths]
+    tasks: list[Task] = []
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        found = next((path for path in (Path(name), data_root() / name) if path.exists()), None)
+        if found is None:
+            raise UserError(f"{name} does not exist, here or in {data_root()}; --extra-data names files")
+        tasks.append(CustomJSON(found))
+    return tasks
 
 
 def _read(path: Path) -> list[list[Message]]:

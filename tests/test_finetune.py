@@ -161,7 +161,7 @@ def test_your_own_conversations_are_mixed_in_or_are_all_there_is(tiny_run, recei
     run_here(stage, **flags, extra_data=str(own))
     counted = re.search(r"([\d,]+) conversations", capsys.readouterr().out)
     assert counted and int(counted[1].replace(",", "")) > 1000
-    with pytest.raises(UserError, match=r"nowhere\.jsonl does not exist; --extra-data"):
+    with pytest.raises(UserError, match=r"nowhere\.jsonl does not exist, here or in"):
         run_here(stage, **flags, extra_data="nowhere.jsonl")
     with pytest.raises(UserError, match="--only-extra-data needs files"):
         run_here(stage, **flags, only_extra_data=True)

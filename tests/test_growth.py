@@ -79,6 +79,8 @@ def test_a_run_that_grows_resumes_and_the_next_stage_trains_everything(tiny_run)
     }
     run_here("base_train", num_iterations=1, eval_every=-1, tie_embeddings=True, qk_scale=2.0)
     run_here("mid_train", **flags)
+    with pytest.raises(UserError, match="--lora-rank trains adapters alone"):
+        run_here("mid_train", **flags, lora_rank=2)
     directory = tiny_run / "mid_checkpoints" / "deep"
     straight = weights(directory)
     assert Checkpoint.open(directory, 4).config().n_layer == 4
