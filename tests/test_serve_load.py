@@ -78,6 +78,7 @@ def test_clients_that_vanish_leave_no_work_behind():
         for one in sockets:
             one.close()
         wait_for(lambda: idle(server))
+        time.sleep(0.1)  # the last command is on its way to the model
         steps = server.model.steps
         time.sleep(0.1)
         assert server.model.steps == steps, "somebody still generates"

@@ -113,7 +113,8 @@ class Job:
         for item in items:
             if len(self._items) < MAILBOX_PIECES or not self._merge(item):
                 self._items.append(item)
-        self._arrived.set()
+        if items:
+            self._arrived.set()
 
     def _merge(self, item: Item) -> bool:
         """Join a piece of text to the last item of its choice, if that is text too; whether it was."""
