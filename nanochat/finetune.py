@@ -180,7 +180,7 @@ def finetune(
 
 
 def change_layers(cfg: FinetuneConfig, model: GPT, source: Checkpoint) -> GPT:
-    """The model with new layers on top, unless it is resumed and has them already, and without the frozen ones."""
+    """The model with the new layers, which a resumed one has already, and its lowest layers frozen, as asked for."""
     from nanochat.common import UserError
     from nanochat.growth import deeper, freeze, grow
 

@@ -256,8 +256,8 @@ class GPT(nn.Module):
     def init_weights(self, smear: float = 0.0) -> None:
         """Draw all parameters. smear: initial strength of the previous token in each token's embedding.
 
-        wte N(0, 0.8) (classic 1); lm_head N(0, 0.001) unless it is wte; q, k, v uniform with std 1/sqrt(C); c_fc the same
-        times 0.4 (classic 1); projections back into the residual stream 0; value embeddings as v;
+        wte N(0, 0.8) (classic 1); lm_head N(0, 0.001) unless it is wte; q, k, v uniform with std 1/sqrt(C);
+        c_fc the same times 0.4 (classic 1); projections back into the residual stream 0; value embeddings as v;
         gates U(0, 0.02); resid_lambdas 1.15 to 1.05 and x0_lambdas 0.20 to 0.05 over the depth;
         backout_lambda 0.2. The order of draws is part of the format: all ranks seed alike.
         """
@@ -446,9 +446,8 @@ class GPT(nn.Module):
         from nanochat.optim import MuonAdamW
         from nanochat.parameter_groups import parameter_groups
 
-        rates = {"unembedding": unembedding_lr, "embedding": embedding_lr, "matrix": matrix_lr}
-        rates |= {"scalar": scalar_lr, "smear": smear_lr}
-        groups = parameter_groups(self, rates, weight_decay)
+        rates = (unembedding_lr, embedding_lr, matrix_lr, scalar_lr, smear_lr)
+        groups = parameter_groups(self, *rates, weight_decay)
         return MuonAdamW(groups, world=world, compute_dtype=self.compute_dtype)
 
     # --- reference generation --------------------------------------------------------------------

@@ -125,14 +125,18 @@ def body_of(cfg: Config, seed: int) -> dict[str, object]:
     }  # fmt: skip
 
 
+def request_of(body: dict[str, object]) -> bytes:
+    """A whole HTTP request; the server closes the connection after the answer."""
+    content = json.dumps(body).encode()
+    head = f"POST /chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(content)}\r\n"
+    return (head + "Content-Type: application/json\r\n\r\n").encode() + content
+
+
 async def ask(cfg: Config, url: str, seed: int) -> Answer:
     """Stream one answer, over a bare connection: the clients share the machine and must not be what is measured."""
     begun, first, text, usage = time.monotonic(), None, "", {}
-    host, port = address(url)
-    body = json.dumps(body_of(cfg, seed)).encode()
-    head = f"POST /chat/completions HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
-    reader, writer = await asyncio.open_connection(host, port)
-    writer.write((head + "Content-Type: application/json\r\n\r\n").encode() + body)
+    reader, writer = await asyncio.open_connection(*address(url))
+    writer.write(request_of(body_of(cfg, seed)))
     status = await reader.readline()
     assert b" 200 " in status, status
     async for line in reader:
@@ -210,10 +214,8 @@ async def stats(http: httpx.AsyncClient) -> dict:
 
 async def beside_a_slow_reader(cfg: Config, url: str) -> float:
     """Milliseconds to the first token, the median of others, while one client does not read its large answer."""
-    body = json.dumps(body_of(cfg, 0) | {"max_tokens": 4096, "logprobs": 20}).encode()
     _, writer = await asyncio.open_connection(*address(url), limit=1)
-    head = f"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
-    writer.write((head + "Content-Type: application/json\r\n\r\n").encode() + body)
+    writer.write(request_of(body_of(cfg, 0) | {"max_tokens": 4096, "logprobs": 20}))
     others = [(await ask(cfg, url, seed)).first_s for seed in range(10)]
     writer.close()
     return round(1000 * statistics.median(others), 1)

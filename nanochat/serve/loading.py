@@ -6,7 +6,7 @@ from nanochat.common import UserError, print0
 from nanochat.serve.settings import ModelInfo, Replica
 
 # Below this many parameters a second thread gains nothing, and while it waits for work it takes the core of the server:
-# a quarter fewer answers for one client, half as many for 64 (1.6 million, two cores, LOG 2026-11-26).
+# a sixth fewer tokens for one client, a third for 64 (1.6 million parameters, two cores, LOG 2026-11-26).
 _ONE_THREAD_BELOW = 4_000_000
 
 
