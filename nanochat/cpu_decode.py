@@ -99,7 +99,7 @@ class CpuDecoder:
         library = load_library("cpu_decode")
         return None if library is None else cls(model, library)
 
-    def step(self, cache: RowCache, rows: int, ids: Sequence[int]) -> torch.Tensor:
+    def step(self, cache: RowCache, rows: int, ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """Add one token to each of the first rows of a cache; logits (rows, V) fp32 after it."""
         network, positions = self._network, cache.positions[:rows]
         for layer, window, keys, values in zip(
@@ -115,7 +115,7 @@ class CpuDecoder:
             self._scratch = torch.empty(needed // 2, dtype=torch.float32)  # twice as much as is needed
         logits = torch.empty(rows, network.vocab)
         self._library.decode(
-            ctypes.byref(network), rows, (c_int64 * rows)(*ids), (c_int32 * rows)(*positions),
+            ctypes.byref(network), rows, (c_int64 * rows)(*map(int, ids)), (c_int32 * rows)(*positions),
             c_void_p(logits.data_ptr()), c_void_p(self._scratch.data_ptr()), longest, threads,
         )  # fmt: skip
         cache.positions[:rows] = [position + 1 for position in positions]

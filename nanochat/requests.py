@@ -10,10 +10,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+import torch
+
 from nanochat.answer_parts import PartsDecoder
 from nanochat.prefix_store import block_names
 from nanochat.row_cache import BLOCK
-from nanochat.sampling import SamplingParams
+from nanochat.sampling import SamplingBatch, SamplingParams, sample, uniforms
 from nanochat.tokenizer_base import Tokenizer
 
 Tool = Callable[[str], "str | None"]
@@ -90,6 +93,29 @@ class Event(NamedTuple):
     is_terminal: bool = False
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """Chooses tokens for the same requests step after step; what depends only on who they are is made once."""
+
+    def __init__(self) -> None:
+        self._requests: list[Request] = []
+        self._batch = SamplingBatch.of([], torch.device("cpu"))
+        self._keys = np.zeros(0, np.uint64)
+
+    def __call__(self, requests: list[Request], logits: torch.Tensor) -> torch.Tensor:
+        """The next token of each request (B,), on the device of logits (B, V)."""
+        if requests != self._requests:
+            self._requests = requests
+            self._batch = SamplingBatch.of([r.params for r in requests], logits.device)
+            self._keys = np.array([r.key for r in requests], np.uint64)
+        if self._batch.all_greedy:
+            uniform = torch.empty(0)
+        else:
+            steps = np.array([len(r.tokens) for r in requests])
+            uniform = torch.from_numpy(uniforms(self._keys, steps)).to(logits.device)
+        histories = [(r.prompt, r.tokens) for r in requests] if self._batch.any_adjusted else []
+        return sample(logits, self._batch, uniform, histories)
 
 
 class ToolBox:

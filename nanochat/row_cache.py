@@ -8,12 +8,14 @@ L layers.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from nanochat.cpu_decode import CpuDecoder
+from nanochat.cuda_decode import CudaDecoder
 from nanochat.gpt import GPTConfig
 from nanochat.kv_cache import Cache, Chunk, real_lengths
 
@@ -46,6 +48,16 @@ def round_up(count: int, step: int) -> int:
     return -(-count // step) * step
 
 
+def default_cache_bytes(device: torch.device) -> int:
+    """Memory for keys and values: on a GPU 80 % of what is free, elsewhere a quarter of the machine's."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(0.8 * (torch.cuda.mem_get_info(device)[0] + cached))
+    if not hasattr(os, "sysconf"):  # Windows
+        return 2 << 30
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
+
 class RowCache:
     """Rows 0, 1, ... are in use; `positions` says how many tokens each of them holds.
 
@@ -69,7 +81,8 @@ class RowCache:
         self.keys = [self._empty(0, 0) for _ in self.windows]
         self.values = [self._empty(0, 0) for _ in self.windows]
         self.previous = self._zeros(0, 1, config.n_embd) if config.use_smear else None
-        self._decoder = CpuDecoder.of(model)
+        self.generation = 0  # counts how often the tensors have been replaced
+        self._decoder = CpuDecoder.of(model) or CudaDecoder.of(model)
 
     def _zeros(self, *shape: int) -> torch.Tensor:
         # Not uninitialised: a NaN in a hidden slot would survive its weight of zero.
@@ -77,6 +90,11 @@ class RowCache:
 
     def _empty(self, rows: int, slots: int) -> torch.Tensor:
         return self._zeros(rows, slots, *self._heads)
+
+    @property
+    def can_run_ahead(self) -> bool:
+        """Whether a step can be started without waiting for the one before."""
+        return isinstance(self._decoder, CudaDecoder)
 
     # --- memory --------------------------------------------------------------------------------------
 
@@ -129,6 +147,7 @@ class RowCache:
             new[:used] = self.previous[:used]
             self.previous = new
         self.num_rows, self.num_slots = rows, slots
+        self.generation += 1
 
     # --- rows ----------------------------------------------------------------------------------------
 
@@ -222,17 +241,17 @@ class RowCache:
         self.positions[:1] = rows.positions
         return logits[0]
 
-    def rewind(self, position: int, last_token: int) -> None:
-        """Put row 0 back to a position, not more than a chunk before its own; last_token is the one before it."""
-        self.positions[0] = position
+    def rewind(self, row: int, position: int, last_token: int) -> None:
+        """Put a row back to a position, not more than a chunk before its own; last_token is the one before it."""
+        self.positions[row] = position
         if self.previous is not None:
-            self.previous[0] = self.model.embed(torch.tensor([[last_token]], device=self.device))[0]
+            self.previous[row] = self.model.embed(torch.tensor([[last_token]], device=self.device))[0]
 
-    def decode(self, rows: int, ids: Sequence[int]) -> torch.Tensor:
-        """Add one token to each of the first rows; logits (rows, V) after it."""
+    def decode(self, rows: int, ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """Add one token to each of the first rows; logits (rows, V) after it. ids may be on the device, (rows,)."""
         if self._decoder is not None:
             return self._decoder.step(self, rows, ids)
-        return self.forward(0, rows, torch.tensor(ids, device=self.device)[:, None])
+        return self.forward(0, rows, torch.as_tensor(ids, device=self.device)[:, None])
 
 
 class RowSpan:

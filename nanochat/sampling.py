@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -130,6 +130,20 @@ def sample(
     for group in batch.groups:
         chosen[group.rows] = _draw(logits[group.rows], group, uniform[group.rows])
     return chosen
+
+
+def fetch(ids: torch.Tensor) -> Callable[[], list[int]]:
+    """Bring ids to the host; the function that is returned waits for them, and for nothing started later."""
+    if ids.device.type != "cuda":
+        return ids.tolist
+    host, arrived = ids.to("cpu", non_blocking=True), torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> list[int]:
+        arrived.synchronize()
+        return host.tolist()
+
+    return wait
 
 
 def _draw(logits: torch.Tensor, group: _Group, uniform: torch.Tensor) -> torch.Tensor:

@@ -8,11 +8,12 @@ prefix store as long as there is room, so that equal beginnings are read once. E
 together are read once as a whole, and the row is copied.
 A row can call a tool; what the tool answers is forced upon it, token by token, with mask 0. While a slow tool
 works, its row stands still behind the others.
+On a GPU the step after next is started before the host has seen the tokens that it reads ("in flight"), so that the
+GPU does not wait for Python: rows in flight are read as far as their last token, logits pending.
 """
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
@@ -25,26 +26,24 @@ from nanochat.answer_parts import PartsDecoder
 from nanochat.gpt import ROTARY_FACTOR
 from nanochat.kv_cache import ContextOverflow
 from nanochat.prefix_store import PrefixStore, weights_version
-from nanochat.requests import Event, Request, ToolBox
-from nanochat.row_cache import BLOCK, CachedModel, RowCache
-from nanochat.sampling import SamplingBatch, SamplingParams, sample, stream_key, top_logprobs, uniforms
+from nanochat.requests import Event, Request, Sampler, ToolBox
+from nanochat.row_cache import BLOCK, CachedModel, RowCache, default_cache_bytes
+from nanochat.sampling import (
+    SamplingBatch,
+    SamplingParams,
+    fetch,
+    sample,
+    stream_key,
+    top_logprobs,
+    uniforms,
+)
 from nanochat.speculation import guess
 
-PREFILL_TOKENS = 4096  # padded prompt tokens per step while no row is ready
-# Widest chunk, and padded prompt tokens per step while rows are ready: what a stream waits for a newcomer.
+PREFILL_TOKENS = 4096  # padded prompt tokens per step; on a processor only while no row is ready
+# Widest chunk. On a processor also the prompt tokens per step while rows are ready: what a stream waits for a newcomer.
 CHUNK_TOKENS, CPU_CHUNK_TOKENS = 512, 128
 LOOK_AHEAD = 256  # waiting requests that are considered in one step
 TOOL_WAIT_S = 0.05  # how long a step may wait for tools when there is nothing else to do
-
-
-def default_cache_bytes(device: torch.device) -> int:
-    """Memory for keys and values: on a GPU 80 % of what is free, elsewhere a quarter of the machine's."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(0.8 * (torch.cuda.mem_get_info(device)[0] + cached))
-    if not hasattr(os, "sysconf"):  # Windows
-        return 2 << 30
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 
 
 class Scheduler:
@@ -52,7 +51,8 @@ class Scheduler:
 
     max_bytes bounds the keys and values of the rows and of the prefix store together; half of it may be the
     store's. chunk_tokens bounds a prefill chunk. Defaults suit the device. speculate: tokens that are guessed
-    ahead while a single request runs, see speculation.py.
+    ahead while a single request runs, see speculation.py. run_ahead: start a step before the tokens that it reads are
+    known to the host; None: where the decoder can.
     """
 
     def __init__(
@@ -64,23 +64,26 @@ class Scheduler:
         chunk_tokens: int | None = None,
         prefixes: PrefixStore | None = None,
         speculate: int = 0,
+        run_ahead: bool | None = None,
     ) -> None:
         device = model.get_device()
         self.model, self.toolbox, self.max_batch = model, toolbox, max_batch
         self.max_bytes = default_cache_bytes(device) if max_bytes is None else max_bytes
         self.chunk_tokens = chunk_tokens or (CPU_CHUNK_TOKENS if device.type == "cpu" else CHUNK_TOKENS)
+        self._busy_budget = PREFILL_TOKENS if device.type == "cuda" else self.chunk_tokens
         self.prefixes = PrefixStore() if prefixes is None else prefixes
         self.cache = RowCache(model, max_batch, self.chunk_tokens)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # the i-th has row i
         self.num_preemptions = self.num_guessed = self.num_right = 0
         self.speculate = min(speculate, self.chunk_tokens - 1)
+        self.run_ahead = not speculate and (self.cache.can_run_ahead if run_ahead is None else run_ahead)
+        self._flight: dict[Request, int] = {}  # rows of _flight_logits
+        self._flight_logits = torch.empty(0)
         self._calling: list[Request] = []  # whose tools are at work
         self._roomless: list[Request] = []  # those that may not generate anything
         self._num_submitted = 0
-        self._sampled: list[Request] = []  # whose settings are in _sampling
-        self._sampling: SamplingBatch | None = None
-        self._keys = np.zeros(0, np.uint64)
+        self._sample = Sampler()
 
     @property
     def is_idle(self) -> bool:
@@ -139,6 +142,7 @@ class Scheduler:
         """
         events = self._refuse_roomless()
         self._take_answers()
+        self._call_back([row for row, request in enumerate(self.running) if request.pending is not None])
         self._make_room()
         self._admit()
         num_ready, num_active = self._arrange()
@@ -155,8 +159,11 @@ class Scheduler:
             ready = ready + finished
         if ready:
             logits = parts[0] if len(parts) == 1 else torch.cat(parts)
-            ids = self._sample(ready, logits)
-            rows = zip(ready, ids, strict=True)
+            chosen = self._sample(ready, logits)
+            ids = fetch(chosen)
+            if self.run_ahead and len(parts) == 1 and num_ready == len(self.running):
+                self._take_off(chosen)
+            rows = zip(ready, ids(), strict=True)
             events += [self._extend(request, token, logits, row) for row, (request, token) in enumerate(rows)]
         elif not events and num_active == 0:
             self._wait_for_tools()
@@ -278,14 +285,14 @@ class Scheduler:
         return self.running[row].num_tokens - self.cache.positions[row]
 
     def _arrange(self) -> tuple[int, int]:
-        """Move the ready rows, which miss one token, to the front and those that wait for a tool to the end.
+        """Move the ready rows, which miss at most one token, to the front and those that wait for a tool to the end.
 
         The number of ready rows, and of those that do not wait.
         """
         num_active = len(self.running)
         if self._calling:
             num_active = self._partition([request.pending is None for request in self.running])
-        return self._partition([self._missing(row) == 1 for row in range(num_active)]), num_active
+        return self._partition([self._missing(row) <= 1 for row in range(num_active)]), num_active
 
     def _partition(self, wanted: list[bool]) -> int:
         """Move the wanted ones among the first rows before the others; their number."""
@@ -302,14 +309,37 @@ class Scheduler:
         return front
 
     def _decode(self, rows: int) -> torch.Tensor:
-        """Read the last token of the first rows; logits (rows, V) after it."""
-        before, ready = self.cache.positions[:rows], self.running[:rows]
-        ids = [(request.tokens or request.prompt)[-1] for request in ready]
-        logits = self.cache.decode(rows, ids)
-        for row, position in enumerate(before):
-            if (position + 1) % BLOCK == 0:
-                self._publish(row, position)
+        """Read the last token of the first rows, unless that is in flight; logits (rows, V) after it."""
+        ready, flying = self.running[:rows], [row for row in range(rows) if self._missing(row) == 0]
+        if len(flying) == rows:
+            order = [self._flight[request] for request in ready]
+            logits = self._flight_logits
+            logits = logits if order == list(range(len(logits))) else logits[order]
+        else:  # tools have answered meanwhile: rare enough to do it again
+            self._call_back(flying)
+            logits = self.cache.decode(rows, [(request.tokens or request.prompt)[-1] for request in ready])
+        self._flight = {}
+        for row, position in enumerate(self.cache.positions[:rows]):
+            if position % BLOCK == 0:
+                self._publish(row, position - 1)
         return logits
+
+    def _take_off(self, chosen: torch.Tensor) -> None:
+        """Start reading the tokens chosen for all rows, which the host does not know yet, if nothing speaks against it."""
+        longest, end = self._longest() + 1, ROTARY_FACTOR * self.model.config.sequence_len
+        done = all(len(request.tokens) + 1 >= request.limit for request in self.running)
+        forced = any(request.forced for request in self.running)
+        if done or forced or longest > end or not self._reserve(len(self.running), longest):
+            return
+        self._flight_logits = self.cache.decode(len(self.running), chosen)
+        self._flight = {request: row for row, request in enumerate(self.running)}
+
+    def _call_back(self, rows: list[int]) -> None:
+        """Forget that the last token of some rows, where it is in flight, was read."""
+        for row in rows:
+            if self._missing(row) == 0:
+                request, position = self.running[row], self.cache.positions[row] - 1
+                self.cache.rewind(row, position, request.span(position - 1, position)[0])
 
     def _forward(self, first: int, last: int, width: int) -> torch.Tensor:
         """Read up to width more tokens of rows first to last; logits (rows, V) after the last of each."""
@@ -354,7 +384,7 @@ class Scheduler:
 
     def _chunk_rows(self, first: int, end: int) -> tuple[int, int]:
         """(last row, width) of the next chunk: as many rows as token budget and reserved slots allow."""
-        budget = self.chunk_tokens if first else PREFILL_TOKENS
+        budget = self._busy_budget if first else PREFILL_TOKENS
         slots = min(self.cache.num_slots, ROTARY_FACTOR * self.model.config.sequence_len)
         width, start, row = 0, 0, first
         for row in range(first, end):
@@ -408,24 +438,11 @@ class Scheduler:
                 break
         self.num_guessed += len(draft)
         self.num_right += len(events) - 1
-        self.cache.rewind(position + len(events), ids[len(events) - 1])
+        self.cache.rewind(0, position + len(events), ids[len(events) - 1])
         self._publish(0, position)
         return events
 
     # --- one token -----------------------------------------------------------------------------------
-
-    def _sample(self, ready: list[Request], logits: torch.Tensor) -> list[int]:
-        if self._sampling is None or ready != self._sampled:
-            self._sampled = ready
-            self._sampling = SamplingBatch.of([r.params for r in ready], logits.device)
-            self._keys = np.array([r.key for r in ready], np.uint64)
-        if self._sampling.all_greedy:
-            uniform = torch.empty(0)
-        else:
-            steps = np.array([len(r.tokens) for r in ready])
-            uniform = torch.from_numpy(uniforms(self._keys, steps)).to(logits.device)
-        histories = [(r.prompt, r.tokens) for r in ready] if self._sampling.any_adjusted else []
-        return sample(logits, self._sampling, uniform, histories).tolist()
 
     def _extend(self, request: Request, sampled: int, logits: torch.Tensor, row: int) -> Event:
         tools = self.toolbox

@@ -71,8 +71,7 @@ def timed_run(engine: Engine, prompts: list[list[int]], params: SamplingParams, 
     requests = {engine.submit(prompt, params) for prompt in prompts}
     started, ttft, steps, step_tokens = set(), 0.0, [], 0
     while any(request.finish_reason is None for request in requests):
-        events = engine.step()
-        synchronize(device)
+        events = engine.step()  # whose tokens are here
         now = time.perf_counter()
         if len(started) < len(requests):
             started |= {event.request for event in events}
@@ -81,6 +80,7 @@ def timed_run(engine: Engine, prompts: list[list[int]], params: SamplingParams, 
             steps.append(now - last)
             step_tokens += len(events)
         last = now
+    synchronize(device)
     return Run(ttft, steps, step_tokens, last - begun)
 
 

@@ -19,7 +19,7 @@ from nanochat.calculator import use_calculator
 from nanochat.engine import Completion, ContextOverflow, Engine, SamplingParams
 from nanochat.gpt import GPT
 from nanochat.requests import SlowTool
-from nanochat.row_cache import BLOCK
+from nanochat.row_cache import BLOCK, RowCache
 from nanochat.scheduler import TOOL_WAIT_S, Scheduler
 from tests.toy_model import ByteTokenizer, ScriptedModel, random_model, scripted
 
@@ -133,11 +133,13 @@ def test_the_other_attention_of_a_processor_agrees(shape, monkeypatch):
     choices=st.lists(st.integers(0, 2**20), min_size=520, max_size=520),
     rows=st.sampled_from([1.4, 2.5, 4]),
     max_batch=st.sampled_from([2, 7]),
+    ahead=st.booleans(),
 )
-def test_random_schedules(shape, choices, rows, max_batch):
+def test_random_schedules(shape, choices, rows, max_batch, ahead):
     """520 events: submits (often of known beginnings), cancels, steps, and preemptions as memory demands."""
     model = small_model(shape)
     engine = engine_for(model, rows, chunk_tokens=16, max_batch=max_batch)
+    engine._shared.run_ahead = ahead
     roots = [random.Random(i).choices(range(256), k=100) for i in range(3)]
     live: dict = {}
     for choice in choices:
@@ -248,6 +250,45 @@ def test_samples_that_do_not_fit_together_still_come_in_columns():
     roomy, tight = engine_for(model), engine_for(model, rows=1.5)
     expected = list(roomy.generate([5] * 40, num_samples=4, max_tokens=100))
     assert list(tight.generate([5] * 40, num_samples=4, max_tokens=100)) == expected
+
+
+@pytest.mark.parametrize("shape", ["classic", "modern"])
+def test_running_ahead_changes_nothing(shape, monkeypatch):
+    """Steps that start before the tokens they read are known, as on a GPU: seeds, stops, penalties and memory."""
+    model = small_model(shape)
+    prompts = [random.Random(i).choices(range(256), k=length) for i, length in enumerate(LENGTHS)]
+    each = [
+        SamplingParams(0.9 * (i % 3), 20 if i % 2 else None, 30 + i, seed=i, presence_penalty=0.3 * (i % 4), logprobs=1)
+        for i in range(len(prompts))
+    ]  # fmt: skip
+    expected = run(engine_for(model), prompts, each)
+    stop = frozenset(expected[4][0][5:6])
+    each[4] = replace(each[4], stop_tokens=stop)
+    expected = run(engine_for(model), prompts, each)
+    monkeypatch.setattr(RowCache, "can_run_ahead", True)
+    for rows, max_batch in ((1e6, 64), (1e6, 3), (2.5, 64)):
+        engine = engine_for(model, rows, max_batch=max_batch)
+        assert engine._shared.run_ahead
+        for (tokens, scores), (expected_tokens, expected_scores) in zip(
+            run(engine, prompts, each), expected, strict=True
+        ):
+            assert tokens == expected_tokens
+            assert torch.allclose(torch.tensor(scores), torch.tensor(expected_scores), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "tool", [use_calculator, SlowTool(lambda text: time.sleep(0.02) or use_calculator(text))]
+)
+def test_running_ahead_of_tools(tool, monkeypatch):
+    call = ["<|python_start|>", "2*3", "<|python_end|>", "..."]
+    answers = {key: [*["x"] * n, *call, *["y"] * 20] for key, n in (("a", 9), ("b", 30), ("c", 31))}
+    prompts = [TOKENIZER.encode(key) for key in answers]
+    expected = Engine(scripted(answers), TOKENIZER).complete_many(prompts, GREEDY)
+    monkeypatch.setattr(RowCache, "can_run_ahead", True)
+    for rows in (1, 1e6):
+        found = engine_for(scripted(answers), rows, tools={"python": tool}).complete_many(prompts, GREEDY)
+        assert found == expected
+    assert all(0 in completion.masks for completion in expected)
 
 
 def test_a_request_that_could_never_fit_is_refused():

@@ -1,0 +1,54 @@
+"""When the GPU's decode step is taken; what it computes is in cuda_decode_cases.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat.cuda_decode import CudaDecoder, bucket, is_suitable
+from nanochat.lora import add_adapters
+from tests.toy_model import random_model
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_kernels():
+    interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/cuda_decode_cases.py"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | interpreted, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def test_buckets():
+    assert [bucket(rows) for rows in (1, 2, 3, 5, 8, 9, 24, 64, 65, 200)] == [
+        1,
+        2,
+        4,
+        8,
+        8,
+        16,
+        24,
+        64,
+        96,
+        224,
+    ]
+
+
+def test_models_that_it_leaves_alone():
+    assert is_suitable(random_model("modern"))
+    assert not is_suitable(random_model("classic", n_embd=96))  # heads of 24
+    assert not is_suitable(random_model("classic", n_embd=32))  # heads of 8
+    assert not is_suitable(random_model("modern", qk_scale=5.0))
+    adapted = random_model("classic")
+    add_adapters(adapted, 4, 8.0)
+    assert not is_suitable(adapted)
+    assert CudaDecoder.of(random_model("classic")) is None  # on a processor
+    assert CudaDecoder.of(object()) is None
