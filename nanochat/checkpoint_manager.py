@@ -23,6 +23,7 @@ import torch
 from nanochat.common import UserError, compute_dtype, get_base_dir, print0, read_json, whole_file, write_json
 from nanochat.config_versions import read_config, stored_config
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.snapshot import weights_copy
 
 if TYPE_CHECKING:
     from nanochat.tokenizer import RustBPETokenizer
@@ -80,11 +81,6 @@ def _save_tensors(path: Path, value: object) -> dict:
     return {"size": writer.size, "sha256": writer.sha256.hexdigest()}
 
 
-def host_copy(model: GPT) -> dict[str, torch.Tensor]:
-    """The weights as they are now, which training on does not change."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
-
-
 def save_checkpoint(
     directory: Path,
     step: int,
@@ -96,7 +92,7 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint of a model (rank 0 calls this), as write_checkpoint does."""
     write_checkpoint(
-        directory, step, model.config, host_copy(model), meta, optimizer_state, tokenizer, keep_last
+        directory, step, model.config, weights_copy(model), meta, optimizer_state, tokenizer, keep_last
     )
 
 
@@ -112,7 +108,7 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint from copies, in any thread. It counts only once its meta file is there.
 
-    weights: on the host, see host_copy; nobody else may change them or the optimizer state meanwhile.
+    weights: on the host; nobody else may change them or the optimizer state meanwhile.
     keep_last: how many checkpoints to keep in the folder, this one being the last; 0 keeps all.
     """
     directory.mkdir(parents=True, exist_ok=True)

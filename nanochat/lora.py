@@ -98,10 +98,10 @@ class AdapterOptimizer(MuonAdamW):
         settings = {"kind": "adamw", "lr": lr, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0}
         super().__init__([{**settings, "params": list(self._tensors.values())}], world=world)
 
-    def full_state_dict(self) -> dict[str, Any]:
+    def full_state_dict(self, place: torch.device | str = "cpu") -> dict[str, Any]:
         """With the adapters and the SHA-256 of the weights that they were trained beside."""
-        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._tensors.items()}
-        return super().full_state_dict() | {"adapters": {"source": self._source, "tensors": tensors}}
+        tensors = {name: tensor.detach().to(place, copy=True) for name, tensor in self._tensors.items()}
+        return super().full_state_dict(place) | {"adapters": {"source": self._source, "tensors": tensors}}
 
     def load_full_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over state and adapters. Raises UserError, before anything changes, if they do not fit."""

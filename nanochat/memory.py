@@ -106,9 +106,9 @@ def _eager_layer(shape: Shape, setting: Setting) -> float:
 def _compiled_layer(shape: Shape, setting: Setting) -> float:
     """The same where the compiler computes norms, rotations and squares again in the backward pass.
 
-    14 values per channel agree with what upstream found on 80 GB cards: depth 24 trains with 16 rows, not with 32.
+    19 values per channel, counting keys and values: an H200 took 43.6 GiB for depth 20 with 16 rows (LOG 2026-11-26).
     """
-    return 12 * shape.width + 2 * shape.kv_width + _probabilities(shape, setting)
+    return 17 * shape.width + 2 * shape.kv_width + _probabilities(shape, setting)
 
 
 def _probabilities(shape: Shape, setting: Setting) -> float:
@@ -123,4 +123,6 @@ def _loss(shape: Shape, setting: Setting) -> float:
     head = shape.padded_vocab_size * shape.width
     head_bytes = 4 + size + (size if size < 4 else 0)  # sum, one chunk's part, the head in low precision
     per_logit = size + (8 if setting.compiled else 20)
+    if setting.compiled and setting.on_gpu:  # which keeps every chunk's part of the gradient and adds them up at once
+        head_bytes += size * (tokens * shape.vocab_size // chunk - 1)
     return chunk * per_logit + head_bytes * head + 2 * tokens * shape.width * size

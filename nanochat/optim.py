@@ -113,8 +113,8 @@ class MuonAdamW:
                 param.grad.zero_()
 
     @torch.no_grad()
-    def full_state_dict(self) -> dict[str, Any]:
-        """The state as if one rank had trained: copies on the CPU. Collective; only rank 0 gets the tensors.
+    def full_state_dict(self, place: torch.device | str = "cpu") -> dict[str, Any]:
+        """The state as if one rank had trained, as copies at `place`. Collective; only rank 0 gets the tensors.
 
         The layout is that of torch optimizers: parameters are numbered through all groups, and the buffers of a
         Muon group stand under its first parameter.
@@ -124,7 +124,7 @@ class MuonAdamW:
             entry = unit.full_state()  # all ranks take part, whoever keeps the result
             if self._rank == 0:
                 state[unit.index] = {
-                    k: v.to("cpu", copy=True) if isinstance(v, Tensor) else v for k, v in entry.items()
+                    k: v.to(place, copy=True) if isinstance(v, Tensor) else v for k, v in entry.items()
                 }
         groups = [
             {**group, "params": list(range(first, first + len(group["params"])))}

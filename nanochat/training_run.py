@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +22,6 @@ from nanochat.checkpoint_manager import (
     Checkpoint,
     check_files,
     delete_checkpoints,
-    host_copy,
     newest_good_step,
     refuse_irreplaceable,
     remove_leftovers,
@@ -37,6 +35,7 @@ from nanochat.metrics import MetricsLog, StatusLine, Value
 from nanochat.optim import MuonAdamW
 from nanochat.precision import first_loss_scale, next_loss_scale
 from nanochat.schedule import Schedule
+from nanochat.snapshot import Snapshot, place_for, weights_copy
 from nanochat.tokenizer import RustBPETokenizer
 
 MAX_SKIPPED_IN_A_ROW = 20  # non-finite updates before the run gives up
@@ -330,7 +329,8 @@ class TrainingRun:
         """All ranks take part, because the optimizer state is spread over them; rank 0 writes, in the background."""
         plan, step, started = self.plan, self.state.step, time.perf_counter()
         self._saved_step = step
-        optimizer_state = self.optimizer.full_state_dict()
+        place = place_for(self.model)
+        optimizer_state = self.optimizer.full_state_dict(place)
         if not self.world.is_main:
             return
         self._wait_for_files()
@@ -343,10 +343,14 @@ class TrainingRun:
             **deepcopy(self._results()),
             **plan.extra_meta,
         }
-        write = partial(
-            write_checkpoint, plan.directory, step, self.model.config, host_copy(self.model), meta, optimizer_state,
-            self.tokenizer, plan.keep_last,
-        )  # fmt: skip
+        snapshot = Snapshot((weights_copy(self.model, place), optimizer_state), place)
+
+        def write() -> None:
+            weights, state = snapshot.on_host()
+            write_checkpoint(
+                plan.directory, step, self.model.config, weights, meta, state, self.tokenizer, plan.keep_last
+            )
+
         stall_ms = 1e3 * (time.perf_counter() - started)
         self._writing = self._writer.submit(self._write, write, step, stall_ms)
 

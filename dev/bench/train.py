@@ -42,6 +42,9 @@ class Config:
     steps: int = option(10, "timed steps of a process")
     warmup: int = option(3, "steps before, which compile")
     phase_steps: int = option(4, "further steps in which the phases are timed")
+    micro_batches: int = option(
+        0, "micro-batches of a step; 0: 8 on a GPU, as in a run of 524,288 tokens a step, else 1"
+    )
     ranks: int = option(1, "ranks of ours; hf has one")
     compile: str = option("auto", "compile our step", choices=("auto", "on", "off"))
     data: str = option("auto", "auto, tinyworld, or a folder of shards")
@@ -110,8 +113,9 @@ def main(cfg: Config) -> None:
 
 def job_of(cfg: Config, name: str, device: str, data_dir: Path, tokenizer: Path) -> dict:
     """What a process of the benchmark is told, but for the contender."""
+    micro_batches = cfg.micro_batches or (8 if device == "cuda" else 1)
     return {
-        "shape": parse_shape(name)._asdict(), "device": device, "compile": cfg.compile, "warmup": cfg.warmup,
+        "shape": parse_shape(name)._asdict(), "device": device, "micro_batches": micro_batches, "compile": cfg.compile, "warmup": cfg.warmup,
         "steps": cfg.steps, "phase_steps": cfg.phase_steps, "data_dir": str(data_dir), "tokenizer": str(tokenizer),
     }  # fmt: skip
 
@@ -162,7 +166,7 @@ def summary(contender: str, name: str, shape: Shape, runs: list[dict], cfg: Conf
         statistics.median(statistics.median(result[kind]) for result in runs)
         for kind in ("seconds", "cpu_seconds")
     )
-    speed = ranks * shape.rows * shape.length / seconds
+    speed = ranks * runs[0]["tokens"] / seconds
     flops, peak = runs[0]["flops_per_token"] * speed, peak_flops(hardware)
     phases = {phase: statistics.median(result["phases"][phase] for result in runs) for phase in PHASES}
     total = sum(phases.values())

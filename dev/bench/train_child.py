@@ -1,7 +1,7 @@
 """One contender of dev.bench.train in a process of its own: trains a few steps, prints what they took as JSON.
 
-Both contenders take the same rows from the same loader and wait for the loss after every step, as the
-training loop does. Phases are timed in further steps, because that needs a synchronisation after each.
+Both contenders take the same rows from the same loader, as many micro-batches to a step, and wait for the loss after
+every step, as the training loop does. Phases are timed in further steps, because that needs a synchronisation after each.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main() -> None:
     if job["contender"] == "hf":  # as a user would: nothing of ours around it
         world = single(torch.device(job["device"]))
         torch.manual_seed(42)
-        print(json.dumps(measure(hugging_face(shape, world), shape, world, job)))
+        print(json.dumps(measure(hugging_face(shape, world, job), shape, world, job)))
         return
     with distributed(job["device"]) as world:
         result = measure(ours(job["contender"], shape, world, job), shape, world, job)
@@ -111,15 +111,18 @@ def ours(contender: str, shape: Shape, world: World, job: dict[str, Any]) -> tup
 
     def step(loader: PretrainLoader, clock: Clock) -> float:
         with clock.phase("data"):
-            inputs, targets = next(loader)
+            batches = [next(loader) for _ in range(job["micro_batches"])]
         with clock.phase("communication"):
-            count = world.sum((targets >= 0).sum())
-        with clock.phase("forward"):
-            loss = forward(inputs, targets, loss_reduction="sum") / count
-        with clock.phase("backward"):
-            loss.backward()
+            count = world.sum(torch.stack([(targets >= 0).sum() for _, targets in batches]).sum())
+        total = torch.zeros((), device=world.device)
+        for inputs, targets in batches:
+            with clock.phase("forward"):
+                loss = forward(inputs, targets, loss_reduction="sum") / count
+            with clock.phase("backward"):
+                loss.backward()
+            total += loss.detach()
         with clock.phase("communication"):
-            total = world.sum(loss.detach().clone())
+            total = world.sum(total)
         with clock.phase("optimizer"), communication(sharding, clock):
             optimizer.step(skip=~total.isfinite())
             model.zero_grad(set_to_none=True)
@@ -147,7 +150,7 @@ def communication(sharding: Any, clock: Clock) -> Iterator[None]:
         sharding.Flight.wait = wait
 
 
-def hugging_face(shape: Shape, world: World) -> tuple[Step, float, str]:
+def hugging_face(shape: Shape, world: World, job: dict[str, Any]) -> tuple[Step, float, str]:
     """transformers' NanoChat with AdamW. On a processor as a user trains by default: fp32, eager, torch's defaults;
     on a GPU compiled, with bf16 products of fp32 weights and the fused optimizer."""
     import torch
@@ -173,15 +176,18 @@ def hugging_face(shape: Shape, world: World) -> tuple[Step, float, str]:
 
     def step(loader: PretrainLoader, clock: Clock) -> float:
         with clock.phase("data"):
-            inputs, _ = next(loader)
-        with clock.phase("forward"), torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
-            loss = forward(input_ids=inputs, labels=inputs).loss
-        with clock.phase("backward"):
-            loss.backward()
+            batches = [next(loader)[0] for _ in range(job["micro_batches"])]
+        total = torch.zeros((), device=world.device)
+        for inputs in batches:
+            with clock.phase("forward"), torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
+                loss = forward(input_ids=inputs, labels=inputs).loss / len(batches)
+            with clock.phase("backward"):
+                loss.backward()
+            total += loss.detach()
         with clock.phase("optimizer"):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return total.item()
 
     return step, flops, "bfloat16 autocast, compiled, AdamW fused" if on_gpu else "float32, eager, AdamW"
 
@@ -212,6 +218,7 @@ def measure(contender: tuple[Step, float, str], shape: Shape, world: World, job:
         step(loader, clock)
     loader.close()
     return {
+        "tokens": job["micro_batches"] * shape.rows * shape.length,  # of a step and rank
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "phases": {name: value / job["phase_steps"] for name, value in clock.seconds.items()},

@@ -1,4 +1,4 @@
-"""Pretraining on one card of 16 GB: python -m scripts.base_train runs/presets/card_16gb.py (estimated peak 13.0 GB)."""
+"""Pretraining on one card of 16 GB: python -m scripts.base_train runs/presets/card_16gb.py (estimated peak 10.3 GB)."""
 
 depth = 12
-device_batch_size = 16
+device_batch_size = 8
