@@ -24,6 +24,9 @@ class UserError(Exception):
     """Something the user can mend. Scripts print it as one line on stderr and exit with status 2."""
 
 
+ROTARY_FACTOR = 10  # models have positions for this many training contexts
+
+
 # --- folders and files -------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanochat.common import UserError
+from nanochat.common import ROTARY_FACTOR, UserError
 from nanochat.flash_attention import cached_attention, causal_attention
 from nanochat.head_loss import head_loss
 from nanochat.kv_cache import Cache, Chunk, ContextOverflow
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 NORM_EPS = 2.0**-23  # torch's default, fixed here because older releases used the input dtype's epsilon
 SMEAR_CHANNELS = 24
 PAD_VOCAB_TO = 64
-ROTARY_FACTOR = 10  # the rotary table covers this many training contexts
 
 
 @dataclass(frozen=True)

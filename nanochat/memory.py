@@ -123,6 +123,8 @@ def _loss(shape: Shape, setting: Setting) -> float:
     head = shape.padded_vocab_size * shape.width
     head_bytes = 4 + size + (size if size < 4 else 0)  # sum, one chunk's part, the head in low precision
     per_logit = size + (8 if setting.compiled else 20)
-    if setting.compiled and setting.on_gpu:  # which keeps every chunk's part of the gradient and adds them up at once
+    if (
+        setting.compiled and setting.on_gpu
+    ):  # which keeps every chunk's part of the gradient and adds them up at once
         head_bytes += size * (tokens * shape.vocab_size // chunk - 1)
     return chunk * per_logit + head_bytes * head + 2 * tokens * shape.width * size

@@ -45,7 +45,9 @@ class RemoteChat(Dialogue):
         try:
             with self._call("POST", "/chat/completions", self._body()) as response:
                 for event in _events(response):
-                    if event.get("truncated_messages"):
+                    if event.get("start") and event.get("warning"):
+                        notice(event["warning"])
+                    if event.get("start") and event.get("truncated_messages"):
                         notice(f"too long: its first {event['truncated_messages']} messages are left out")
                     prompt_tokens = event.get("prompt_tokens", prompt_tokens)
                     if "error" in event:

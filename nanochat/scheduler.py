@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from nanochat.answer_parts import PartsDecoder
-from nanochat.gpt import ROTARY_FACTOR
+from nanochat.common import ROTARY_FACTOR
 from nanochat.kv_cache import ContextOverflow
 from nanochat.prefix_store import PrefixStore, weights_version
 from nanochat.requests import Event, Request, Sampler, ToolBox

@@ -50,8 +50,9 @@ class Config:
     queue_timeout: float = option(60.0, "seconds a request may wait")
     request_timeout: float = option(300.0, "seconds an answer may take")
     context_policy: str = option(
-        "truncate", "when a conversation is too long: drop its oldest messages, or refuse",
-        choices=("truncate", "error"),
+        "truncate",
+        "when a conversation is too long: drop its oldest messages, refuse, or go beyond the trained context",
+        choices=("truncate", "error", "extend"),
     )  # fmt: skip
     session_db: str = option(
         "", "SQLite file for conversations kept on the server; empty keeps them in memory"

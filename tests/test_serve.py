@@ -239,6 +239,31 @@ def test_old_exchanges_make_room_and_the_system_text_stays():
     assert len(prompt.tokens) + 16 <= 128 and prompt.max_tokens == 128 - len(prompt.tokens)
     with pytest.raises(ApiError, match="context of the model 128"):
         build_prompt(tokenizer, messages, max_tokens=100, context_length=128, policy="error")
+    whole = build_prompt(tokenizer, messages, max_tokens=100, context_length=128, policy="extend")
+    assert whole.extended and whole.max_tokens == 100 and not whole.truncated_messages
+    assert all(f"question {index}" in tokenizer.decode(whole.tokens) for index in range(10))
+    assert not build_prompt(
+        tokenizer, user("short"), max_tokens=9, context_length=128, policy="extend"
+    ).extended
+    with pytest.raises(ApiError, match="context of the model 160"):
+        build_prompt(tokenizer, messages, max_tokens=100, context_length=16, policy="extend")
+
+
+def test_a_server_may_go_beyond_the_trained_context():
+    extending = Settings(defaults=GREEDY, context_policy="extend")
+    with served(lambda index: scripted_replica(lambda questions: "x" * 200, context=64), extending) as server:
+        short = server.http.post("/chat", json={"message": "hi", "max_tokens": 8}).json()
+        long = server.http.post("/chat", json={"message": "m" * 100, "max_tokens": 70}).json()
+        events = server.http.post(
+            "/chat/completions", json={"messages": user("m" * 100), "max_tokens": 3, "events": "full"}
+        ).text
+        strict = server.http.post(
+            "/v1/chat/completions", json={"model": "nanochat-test", "messages": user("m" * 100)}
+        )
+    assert "warning" not in short and short["response"] == "x" * 8
+    assert "trained context" in long["warning"] and long["response"] == "x" * 70
+    assert "trained context" in events.partition("\n\n")[0]
+    assert strict.status_code == 400 and "context" in strict.json()["error"]["message"]
 
 
 @settings(deadline=None)

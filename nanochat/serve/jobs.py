@@ -94,14 +94,18 @@ class Timings:
 class Job:
     """Prompts, the choices of each, and the mailbox through which a reader sees them grow.
 
-    A chat has one prompt. With several, the choices come in their order, equally many for each.
+    A chat has one prompt. With several, the choices come in their order, equally many for each. notes: fields for
+    the response.
     """
 
-    def __init__(self, prompts: Sequence[Sequence[int]], choices: list[Choice], deadline_s: float) -> None:
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], choices: list[Choice], deadline_s: float,
+        notes: dict[str, object] | None = None,
+    ) -> None:  # fmt: skip
         assert prompts and len(choices) % len(prompts) == 0, (len(prompts), len(choices))
         self.id = secrets.token_urlsafe(18)
         self.prompts = [list(prompt) for prompt in prompts]
-        self.choices = choices
+        self.choices, self.notes = choices, notes or {}
         self.timings = Timings()
         self.deadline = self.timings.submitted + deadline_s
         self.worker = -1
@@ -141,6 +145,11 @@ class Job:
             yield item
             if isinstance(item, Failed):
                 return
+
+    @property
+    def has_items(self) -> bool:
+        """Whether the reader would get an item without waiting."""
+        return bool(self._items)
 
     async def wait_started(self, timeout_s: float) -> None:
         """Wait until a worker took the job; raise ApiError if it was refused. Gives up after timeout_s."""

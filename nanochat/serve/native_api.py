@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any
 
@@ -45,10 +45,12 @@ async def chat_completions(body: CompletionRequest, request: Request, service: S
     params = service.params(
         body, prompt.max_tokens, logprobs=body.logprobs,
         min_p=body.min_p or 0.0, repetition_penalty=body.repetition_penalty or 1.0,
+        extend_context=prompt.extended,
     )  # fmt: skip
-    job = service.submit([prompt.tokens], [params], stop_strings(body.stop), body.raw_special_tokens)
+    stop = stop_strings(body.stop)
+    job = service.submit([prompt.tokens], [params], stop, body.raw_special_tokens, prompt.notes)
     if body.stream:
-        lines = _lines(service, job, body.events == "full", prompt.truncated_messages)
+        lines = _lines(service, job, body.events == "full")
         return await service.stream(job, lines)
     await service.finish(job, request, "/chat/completions")
     return AsciiJSON({**answer_body(job), "gpu": job.worker})
@@ -61,11 +63,11 @@ def _continues(body: CompletionRequest) -> bool:
     return body.continue_final_message
 
 
-async def _lines(service: Service, job: Job, full: bool, truncated: int) -> AsyncIterator[str]:
+async def _lines(service: Service, job: Job, full: bool) -> AsyncGenerator[str, None]:
     if full:
         yield event(
             start=True, id=job.id, model=service.replica.info.name, gpu=job.worker,
-            prompt_tokens=job.prompt_tokens, truncated_messages=truncated,
+            prompt_tokens=job.prompt_tokens, **{"truncated_messages": 0, **job.notes},
         )  # fmt: skip
     async with aclosing(service.events(job, "/chat/completions")) as items:
         async for item in items:
@@ -162,4 +164,5 @@ def job_facts(job: Job) -> dict:
         "usage": job.usage(),
         "timings": job.speed(),
         "parts": choice.decoder.parts,
+        **job.notes,
     }

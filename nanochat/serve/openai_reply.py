@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, ClassVar
 
@@ -102,7 +102,7 @@ class Reply(ABC):
         ]
         return AsciiJSON({**self._head, "object": self.kind, "choices": choices, "usage": usage(self.job)})
 
-    async def _chunks(self) -> AsyncIterator[str]:
+    async def _chunks(self) -> AsyncGenerator[str, None]:
         for index in range(len(self.job.choices)):
             opening = self.opening(index)
             if opening is not None:

@@ -71,6 +71,11 @@ class WorkerPool:
         return any(worker.usable for worker in self.workers)
 
     @property
+    def num_running(self) -> int:
+        """Answers that are being generated."""
+        return sum(worker.num_running for worker in self.workers)
+
+    @property
     def failed(self) -> bool:
         """Whether no worker will ever be usable again, or one of them never can be."""
         errors = [worker.error for worker in self.workers if worker.gone and worker.error is not None]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nanochat.common import ROTARY_FACTOR
 from nanochat.tokenizer import RustBPETokenizer
 
 if TYPE_CHECKING:
@@ -17,11 +18,23 @@ UNLIMITED = 1 << 40
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Tokens to complete, the room left for the answer, and how many old messages did not fit."""
+    """Tokens to complete, the room left for the answer, and how many old messages did not fit.
+
+    extended: the answer may go beyond the trained context.
+    """
 
     tokens: list[int]
     max_tokens: int
     truncated_messages: int = 0
+    extended: bool = False
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What a client should know about it, as fields of a response."""
+        warning = "longer than the model's trained context: the answer may be poor"
+        return ({"truncated_messages": self.truncated_messages} if self.truncated_messages else {}) | (
+            {"warning": warning} if self.extended else {}
+        )
 
 
 def build_prompt(
@@ -37,7 +50,8 @@ def build_prompt(
     """Render a conversation and make it fit.
 
     Policy truncate drops the oldest exchanges until an answer has room, keeping the system text and the last
-    user message; policy error refuses what does not fit. With continue_final the last (assistant) message
+    user message; policy error refuses what does not fit; policy extend goes as far as the model has positions,
+    which is farther than it was trained. With continue_final the last (assistant) message
     stays open. Raises ApiError 400.
     """
     turns = _merge_system(messages, system)
@@ -58,13 +72,15 @@ def build_prompt(
             turns[0] = {"role": "user", "content": _joined(leading, turns[0]["content"])}
             blocks[0] = _block(tokenizer, turns[0])
     tokens = [tokenizer.get_bos_token_id(), *(token for block in blocks for token in block), *tail]
-    room = context_length - len(tokens)
+    limit = ROTARY_FACTOR * context_length if policy == "extend" else context_length
+    room = limit - len(tokens)
     if room < 1:
         raise _refusal(
             "context_length_exceeded",
-            f"the prompt has {len(tokens)} tokens, the context of the model {context_length}",
+            f"the prompt has {len(tokens)} tokens, the context of the model {limit}",
         )
-    return Prompt(tokens, min(max_tokens, room), dropped)
+    max_tokens = min(max_tokens, room)
+    return Prompt(tokens, max_tokens, dropped, extended=len(tokens) + max_tokens > context_length)
 
 
 def _refusal(code: str, message: str) -> ApiError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -28,6 +28,9 @@ from nanochat.serve.settings import Settings
 logger = logging.getLogger("nanochat.serve")
 JOB = "nanochat.job"  # where the scope of an HTTP request keeps its job, for the log
 KEEP_ALIVE_S = 15.0  # proxies cut connections that stay silent for about a minute
+# Of all streams together: each costs the server and its client a wake-up, which many streams share out among tokens.
+WRITES_PER_S = 2000
+_SHORTEST_PAUSE_S = 0.005
 
 
 class Service:
@@ -106,11 +109,12 @@ class Service:
         params: Sequence[SamplingParams],
         stop: Sequence[str],
         raw: bool = False,
+        notes: dict[str, object] | None = None,
     ) -> Job:
         """Queue one job with a choice per parameter set; raises ApiError 429 or 503."""
         tokenizer = self.replica.tokenizer
         choices = [new_choice(tokenizer, replace(one, stop=stop), stop, raw) for one in params]
-        job = Job(prompts, choices, self.settings.request_timeout)
+        job = Job(prompts, choices, self.settings.request_timeout, notes)
         try:
             self.pool.submit(job)
         except ApiError as error:
@@ -123,8 +127,8 @@ class Service:
     ) -> Job:
         """A job for the next answer of a conversation, with the server's context policy."""
         prompt = self.prompt(messages, system, sampling.max_tokens)
-        params = self.params(sampling, prompt.max_tokens, logprobs=logprobs)
-        return self.submit([prompt.tokens], [params], stop_strings(sampling.stop))
+        params = self.params(sampling, prompt.max_tokens, logprobs=logprobs, extend_context=prompt.extended)
+        return self.submit([prompt.tokens], [params], stop_strings(sampling.stop), notes=prompt.notes)
 
     async def events(self, job: Job, endpoint: str) -> AsyncGenerator[Item | None, None]:
         """The job's items; None stands for a long silence. Whoever stops reading cancels the job."""
@@ -158,7 +162,7 @@ class Service:
         finally:
             watcher.cancel()
 
-    async def stream(self, job: Job, lines: AsyncIterator[str]) -> StreamingResponse:
+    async def stream(self, job: Job, lines: AsyncGenerator[str, None]) -> StreamingResponse:
         """A response of server-sent events, begun when the job leaves the queue, so that refusals are honest."""
         try:
             await job.wait_started(KEEP_ALIVE_S)
@@ -188,9 +192,9 @@ class Service:
 class EventStream(StreamingResponse):
     """Server-sent events that own their job: however the response ends, the job ends too."""
 
-    def __init__(self, job: Job, lines: AsyncIterator[str], pool: WorkerPool) -> None:
+    def __init__(self, job: Job, lines: AsyncGenerator[str, None], pool: WorkerPool) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(lines, media_type="text/event-stream", headers=headers)
+        super().__init__(_together(lines, job, pool), media_type="text/event-stream", headers=headers)
         self._job, self._pool = job, pool
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -199,3 +203,21 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._pool.cancel(self._job)
+
+
+async def _together(
+    lines: AsyncGenerator[str, None], job: Job, pool: WorkerPool
+) -> AsyncGenerator[str, None]:
+    """Events that are there at the same time as one piece; with many streams, those of the next few milliseconds."""
+    held = []
+    async with aclosing(lines):
+        async for line in lines:
+            held.append(line)
+            if not job.has_items:
+                yield "".join(held)
+                held.clear()
+                pause = pool.num_running / WRITES_PER_S
+                if pause > _SHORTEST_PAUSE_S:
+                    await asyncio.sleep(pause)
+    if held:
+        yield "".join(held)

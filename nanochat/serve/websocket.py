@@ -201,9 +201,8 @@ class _Connection:
             async with aclosing(self._service.events(job, "/ws")) as items:
                 async for item in items:
                     if isinstance(item, Started):
-                        await self._send(
-                            "start", id=identity, gpu=item.worker, prompt_tokens=job.prompt_tokens
-                        )
+                        facts = {"gpu": item.worker, "prompt_tokens": job.prompt_tokens, **job.notes}
+                        await self._send("start", id=identity, **facts)
                     elif isinstance(item, Piece) and item.delta.kind == TEXT:
                         scores = scores_of(self._service, item)
                         await self._send(

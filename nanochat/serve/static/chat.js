@@ -180,6 +180,7 @@ export class Chat {
     const { parts } = alternative;
     this.place = event.queued ?? 0;
     if (event.start && event.truncated_messages) remark(t("truncated", event.truncated_messages));
+    if (event.start && event.warning) remark(t("extended"));
     if (event.token) {
       if (parts.at(-1)?.type === "text") parts.at(-1).text += event.token;
       else parts.push({ type: "text", text: event.token });
