@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,6 +61,9 @@ class CudaDecoder:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._generation = -1
         self._steps = 0
+        self._on_device = nullcontext()
+        if self._device.type == "cuda":  # Triton starts kernels on the current one, which may be another
+            self._on_device = torch.cuda.device(self._device)
         if use_graphs:
             self._stream = torch.cuda.Stream(self._device)
 
@@ -76,14 +80,15 @@ class CudaDecoder:
         if cache.generation != self._generation:  # its tensors are others than those of the graphs
             self._forget_graphs()
             self._generation = cache.generation
-        self._load(cache, rows, ids, padded)
-        if padded in self._graphs:
-            graph, logits = self._graphs[padded]
-            graph.replay()
-        else:
-            logits = self._forward(cache, padded)
-            if self._use_graphs:
-                self._record(cache, padded)
+        with self._on_device:
+            self._load(cache, rows, ids, padded)
+            if padded in self._graphs:
+                graph, logits = self._graphs[padded]
+                graph.replay()
+            else:
+                logits = self._forward(cache, padded)
+                if self._use_graphs:
+                    self._record(cache, padded)
         cache.positions[:rows] = [position + 1 for position in cache.positions[:rows]]
         return logits[:rows].clone()
 
@@ -281,9 +286,10 @@ def _kernels() -> Any:
 def _kernels_run(device: torch.device) -> bool:
     """Whether Triton can compile for the device, which also needs a C compiler; tried once."""
     try:
-        x = torch.ones(8, device=device)
-        _kernels().mix[(1,)](x, x, x, x, x, 8, BLOCK=1024)
-        return bool((x == 2).all())
+        with torch.cuda.device(device):
+            x = torch.ones(8, device=device)
+            _kernels().mix[(1,)](x, x, x, x, x, 8, BLOCK=1024)
+            return bool((x == 2).all())
     except Exception as error:  # compilers fail in ways of their own
         lines = str(error).strip().splitlines() or [type(error).__name__]
         logging.getLogger(__name__).warning("decoding without CUDA graphs: %s", lines[0][:200])

@@ -137,7 +137,7 @@ def fetch(ids: torch.Tensor) -> Callable[[], list[int]]:
     if ids.device.type != "cuda":
         return ids.tolist
     host, arrived = ids.to("cpu", non_blocking=True), torch.cuda.Event()
-    arrived.record()
+    arrived.record(torch.cuda.current_stream(ids.device))
 
     def wait() -> list[int]:
         arrived.synchronize()
