@@ -86,6 +86,11 @@ class Engine:
         limits = (max_batch, self.cache_bytes, self.chunk_tokens)
         return Scheduler(self.model, self.toolbox, *limits, prefixes, self.speculate)
 
+    @property
+    def kv_bytes(self) -> int:
+        """Keys and values of the stream's requests and of remembered beginnings."""
+        return self._shared.cache.nbytes + self.prefixes.nbytes
+
     # --- a stream of requests ------------------------------------------------------------------------
 
     def submit(self, tokens: Sequence[int], params: SamplingParams) -> Request:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -173,6 +174,10 @@ def test_slashes_and_settings(page):
     with page.expect_download() as download:
         say(page, "/export")
     assert "**User**\n\n/odd" in download.value.path().read_text(encoding="utf-8")
+    with page.expect_download() as download:
+        say(page, "/export json")
+    whole = json.loads(download.value.path().read_text(encoding="utf-8"))
+    assert download.value.suggested_filename.endswith(".json") and whole["messages"][0]["content"] == "/odd"
     say(page, "/undo")
     page.wait_for_selector(".message", state="detached")
     say(page, "/new")

@@ -148,4 +148,5 @@ def test_device_and_build_are_told():
         server.http.post("/chat", json={"message": "a"})
         text = server.http.get("/metrics").text
         assert 'model="nanochat-test"' in text and "nanochat_sessions 1.0" in text
+        assert 'nanochat_kv_cache_bytes{worker="0"}' in text and "memory_kv_cache_bytes" in worker
         assert "process_resident_memory_bytes" in text and "python_info" in text

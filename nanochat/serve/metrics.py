@@ -66,6 +66,7 @@ class Metrics:
         self._queue_depth = gauge("queue_depth", "Requests waiting for a worker")
         self._workers = gauge("workers", "Workers by state", "state")
         self._busy = gauge("worker_busy_seconds_total", "Time spent generating", "worker")
+        self._kv_cache = gauge("kv_cache_bytes", "Keys and values of answers and remembered prompts", "worker")
         self._memory = {
             kind: gauge(f"gpu_memory_{kind}_bytes", f"GPU memory: {text}", "device")
             for kind, text in (
@@ -109,9 +110,10 @@ class Metrics:
                 info = worker.loaded.info
                 facts = (info.name, info.source, str(info.step), info.dtype, info.device)
                 self._build.labels(server_version(), *facts).set(1)
-                for kind, value in worker.memory.items():
-                    if value is not None:
-                        self._memory[kind].labels(info.device).set(value)
+                self._kv_cache.labels(str(worker.index)).set(worker.memory["kv_cache"] or 0)
+                for kind, metric in self._memory.items():
+                    if (value := worker.memory[kind]) is not None:
+                        metric.labels(info.device).set(value)
         return generate_latest(self.registry)
 
     def _count_tools(self, parts: list[dict[str, str]]) -> None:

@@ -13,7 +13,8 @@ from nanochat.sampling_params import SamplingParams
 from nanochat.serve.settings import ModelInfo
 from nanochat.tokenizer import RustBPETokenizer
 
-Memory = dict[str, "int | None"]  # bytes that tensors use, that the process holds, that the device has
+# Bytes of keys and values, and on a GPU those that tensors use, that the process holds, that the device has.
+Memory = dict[str, "int | None"]
 _HEAD = 4  # bytes that say how long a message to the server is
 
 

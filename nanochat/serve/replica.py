@@ -131,7 +131,7 @@ class _Generator:
         if self._requests and now - self._measured < MEASURE_S:
             return None
         self._measured = now
-        return device_memory(self._replica.info.device)
+        return {"kv_cache": self._replica.engine.kv_bytes, **device_memory(self._replica.info.device)}
 
 
 def device_memory(device: str) -> Memory:

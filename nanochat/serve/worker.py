@@ -61,7 +61,7 @@ class Worker:
         self.num_requests = self.num_failed = self.num_tokens = 0
         self.busy_s = 0.0
         self.tokens_per_second: float | None = None
-        self.memory: Memory = dict.fromkeys(("allocated", "reserved", "total"))
+        self.memory: Memory = dict.fromkeys(("kv_cache", "allocated", "reserved", "total"))
         self._launcher, self._silence_s, self._on_free, self._on_change = (
             launcher,
             silence_s,

@@ -55,9 +55,12 @@ const newConversation = () => {
   openConversation(conversations.create());
 };
 
-function exportConversation() {
+function exportConversation(format) {
   if (!chat.messages.length) return remark(t("nothingToExport"));
   const name = (chat.conversation.title || "nanochat").replace(/[^\p{L}\p{N} _-]/gu, "").trim() || "nanochat";
+  if (format === "json") {
+    return download(`${name}.json`, JSON.stringify(chat.conversation, null, 1), "application/json");
+  }
   return download(`${name}.md`, asMarkdown(chat.conversation), "text/markdown");
 }
 

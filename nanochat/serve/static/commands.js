@@ -17,7 +17,7 @@ export function readCommand(line, { chat, settings, newConversation, exportConve
     clear: newConversation,
     retry: () => retry(chat),
     undo: () => chat.undo(),
-    export: exportConversation,
+    export: () => exportConversation(rest.trim()),
     stats: () => remark(lastStats(chat) || t("noStats")),
     system: () => setSystem(settings, rest),
   };

@@ -46,7 +46,7 @@ const EN = {
   valueIs: (name, value) => `${name}: ${value}`,
   help: "/temperature X  /topk N  /topp X  /maxtokens N  /seed N  /system TEXT: show or change a setting\n"
     + "/new, /clear: new conversation   /retry: another answer   /undo: take back the last exchange\n"
-    + "/export: save as Markdown   /stats: about the last answer   //text: send text that starts with a slash",
+    + "/export: save as Markdown, /export json: to import again   /stats: about the last answer   //text: send text that starts with a slash",
   noStats: "No answer yet.",
 };
 
@@ -90,7 +90,7 @@ const ZH = {
   valueIs: (name, value) => `${name}：${value}`,
   help: "/temperature X  /topk N  /topp X  /maxtokens N  /seed N  /system 文本：查看或修改设置\n"
     + "/new、/clear：新对话   /retry：再答一次   /undo：撤回上一轮\n"
-    + "/export：存为 Markdown   /stats：上一个回答的数据   //文本：发送以斜杠开头的文本",
+    + "/export：存为 Markdown，/export json：可再导入   /stats：上一个回答的数据   //文本：发送以斜杠开头的文本",
   noStats: "还没有回答。",
 };
 
