@@ -78,7 +78,8 @@ class Launcher:
     def _stage(self, row: Row) -> Stage:
         module, *flags = shlex.split(row.command)
         ending = _TRAINING.get(module, "")
-        output = f"{STAGE_FOLDERS[ending]}/{self.model_tag}" if ending else ""
+        tags = [flag.split("=", 1)[1] for flag in flags if flag.startswith(("--model-tag=", "--output-tag="))]
+        output = f"{STAGE_FOLDERS[ending]}/{(tags or [self.model_tag])[-1]}" if ending else ""
         command = self.command(module, flags)
         return Stage(
             row.name, row.about, command, row.seconds, row.needs, bool(ending), row.background, output=output

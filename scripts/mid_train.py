@@ -24,6 +24,8 @@ class Config(FinetuneConfig):
     supervise: str = option(
         "all", "targets: all tokens, or what the assistant says", choices=("all", "assistant")
     )
+    mmlu_epochs: int = option(1, "times that the MMLU training questions are in the mixture")
+    smoltalk_stop: int = option(-1, "conversations of SmolTalk; -1: all")
     gsm8k_stop: int = option(-1, "word problems of GSM8K; -1: all")
     simple_spelling_size: int = option(200_000, "conversations that spell a word")
     spelling_bee_size: int = option(80_000, "conversations that count letters")
@@ -49,8 +51,8 @@ def usual_tasks(cfg: Config) -> list[Task]:
 
     identity = CustomJSON(identity_file())
     return [
-        SmolTalk("train"),
-        MMLU("all", "auxiliary_train"),
+        SmolTalk("train", stop=first(cfg.smoltalk_stop)),
+        *[MMLU("all", "auxiliary_train")] * cfg.mmlu_epochs,
         GSM8K("main", "train", stop=first(cfg.gsm8k_stop)),
         identity,
         identity,

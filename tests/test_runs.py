@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -103,7 +104,7 @@ def test_tinyworld_fits_a_quarter_of_an_hour_and_uses_the_seed():
     plan = tinyworld_plan("test", cores=2, seed=7)
     assert sum(stage.seconds for stage in plan.stages) < 14 * 60  # the rest is for the set-up
     assert "--seed=7" in command(plan, "tinyworld") and "--seed=7" in command(plan, "base_train")
-    assert plan.environment == {"NANOCHAT_DATA": "tinyworld"}
+    assert plan.environment["NANOCHAT_DATA"] == "tinyworld"
     names = plan.names
     assert (
         names.index("base_train")
@@ -112,6 +113,17 @@ def test_tinyworld_fits_a_quarter_of_an_hour_and_uses_the_seed():
         < names.index("chat_rl")
     )
     assert {"chat_eval_mid", "chat_eval_sft", "chat_eval_rl", "base_eval"} <= set(names)
+
+
+def test_each_lesson_goes_on_with_the_model_of_the_one_before():
+    plan = tinyworld_plan("test")
+    taught = ["base_train", *(name for name in plan.names if name.startswith("lesson_")), "mid_train"]
+    assert len(taught) == 5
+    for before, after in itertools.pairwise(taught):
+        folder, tag = plan.stage(before).output.split("/")
+        assert f"--model-tag={tag}" in command(plan, after) and before in plan.stage(after).needs
+        assert folder == ("mid_checkpoints" if "--source=mid" in command(plan, after) else "base_checkpoints")
+    assert plan.stage("mid_train").output == "mid_checkpoints/d4"  # where the evaluation and SFT look for it
 
 
 def test_more_cores_train_longer():

@@ -120,10 +120,10 @@ def test_shares_of_the_mixture_hold(authors: Authors):
     assert sum(share for _, share in sizes.MIXTURE) == pytest.approx(1)
     sample = list(islice(documents(authors), 8000))
     total = sum(map(len, sample))
-    quizzes = sum(len(text) for text in sample if "Multiple Choice question" in text)
+    quick = sum(len(text) for text in sample if re.match(r".*\?\n \w", text))
     programs_ = sum(len(text) for text in sample if text.startswith('"""'))
     shares = dict(sizes.MIXTURE)
-    assert quizzes / total == pytest.approx(shares["quizzes"], abs=0.02)
+    assert quick / total == pytest.approx(shares["quick questions"], abs=0.02)
     assert programs_ / total == pytest.approx(shares["programs"], abs=0.02)
 
 

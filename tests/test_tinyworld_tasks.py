@@ -14,7 +14,7 @@ from nanochat.calculator import use_calculator
 from nanochat.tinyworld import generate, lexicon, programs, sizes, sums
 from nanochat.tinyworld.documents import Authors, build_authors
 from nanochat.tinyworld.function_families import FAMILIES, Family
-from nanochat.tinyworld.quiz import LETTERS
+from nanochat.tinyworld.quiz import CLOSING, LETTERS
 from nanochat.tinyworld.rng import Rng, held_out
 from tasks.arc import ARC
 from tasks.customjson import CustomJSON
@@ -168,38 +168,27 @@ def test_choices_are_right_and_evenly_placed(root: Path, authors: Authors):
     assert max(positions.values()) / sum(positions.values()) < 0.28
 
 
-EXAM = r"question: (.*)\n- (.*)=A\n- (.*)=B\n- (.*)=C\n- (.*)=D\n\nRespond only with .*\n([A-D])"
-
-
-def test_quiz_pages_give_the_right_letter(authors: Authors):
-    answer = {q: f.answer for f in authors.book.facts for q in f.questions}
-    statements = {text for f in authors.book.facts for text in f.statements}
-    rng = Rng(0, "quiz test")
+def test_lessons_are_right(root: Path, authors: Authors):
+    """Every letter stands behind the answer, and every answer is one."""
+    answers = {question: fact.answer for fact in authors.book.facts for question in fact.questions}
     kinds: Counter[str] = Counter()
-    for _ in range(300):
-        found = re.findall(EXAM, authors.quiz.page(rng))
-        assert found
-        for question, *choices, letter in found:
-            statement = max((text for text in statements if question.startswith(text)), key=len, default="")
-            question = question[len(statement) :].strip()
-            named = re.fullmatch(r"Which one is (.*)\?", question)
-            assert choices["ABCD".index(letter)] == (named[1] if named else answer[question])
-            assert len(set(choices)) == 4
-            kinds["named" if named else "stated" if statement else "plain"] += 1
-    assert set(kinds) == {"named", "stated", "plain"} and kinds["plain"] > sum(kinds.values()) / 2
-
-
-def test_practice_pages_can_be_predicted_by_looking_back(authors: Authors):
-    rng = Rng(0, "practice test")
-    for _ in range(100):
-        listed, asked = authors.quiz.lookup(rng).split("\n\n")
-        letters = dict(re.findall(r"- (.*)=([A-D])", listed))
-        questions = re.findall(r"Which one is (.*)\?\n([A-D])", asked)
-        assert len(questions) >= 2 and all(letters[word] == letter for word, letter in questions)
-        for question, letter in authors.quiz.practice(rng):
-            listed = re.findall(r"- (.*)=([A-D])", question)
-            letters = dict(listed) if listed else letters  # later questions are about the first one's choices
-            assert letters[re.search(r"Which one is (.*)\?", question)[1]] == letter
+    for lesson in sizes.LESSONS:
+        for line in (root / f"{lesson}_lesson.jsonl").read_text().splitlines()[:400]:
+            messages = json.loads(line)
+            letters: dict[str, str] = {}
+            for asked, said in zip(messages[::2], messages[1::2], strict=True):
+                question = next(text for text in asked["content"].split("\n") if text.endswith("?"))
+                question = question.removeprefix("Multiple Choice question: ")
+                listed = dict(re.findall(r"- (.*)=([A-D])", asked["content"]))
+                letters = listed or letters  # the second question is about the choices of the first
+                named = re.fullmatch(r"Which one is (.*)\?", question)
+                answer = named[1] if named else answers[question]
+                exam = asked["content"].startswith("Multiple")
+                letter_wanted = CLOSING in asked["content"] if exam else bool(letters)
+                assert said["content"] == (letters[answer] if letter_wanted else f" {answer}")
+                assert not exam or sorted(listed.values()) == list(LETTERS)
+                kinds[f"{lesson} {'named' if named else 'asked'}{' exam' * exam}"] += 1
+    assert len(kinds) == 8 and min(kinds.values()) > 20
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -330,7 +319,8 @@ def test_every_row_becomes_a_conversation(tinyworld: Path):
         GSM8K("main", "train"), SmolTalk("train"), SmolTalk("test"), HumanEval(),
         CustomJSON(str(tinyworld / "identity_conversations.jsonl")),
     ]  # fmt: skip
-    expected = [4000, 200, 6000, 6000, 8000, 300, 100, sizes.IDENTITY_CONVERSATIONS]
+    counts = [sizes.ARC_EASY["train"], 200, sizes.MMLU["auxiliary_train"], 6000, 8000, 300, 100]
+    expected = [*counts, sizes.IDENTITY_CONVERSATIONS]
     assert [len(task) for task in tasks] == expected
     for task in tasks:
         for i in range(0, len(task), 7):

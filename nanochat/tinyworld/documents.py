@@ -55,21 +55,12 @@ def build_authors(seed: int) -> Authors:
         texts += [author(rng) for _ in range(_VOCABULARY_SAMPLES)]
     return Authors(
         world, book, teller, talker, Arithmetic(cast), programmer, quiz,
-        SmallTalker(world, book, teller, programmer, quiz), Speller(words_of(texts)),
+        SmallTalker(world, book, teller, programmer), Speller(words_of(texts)),
     )  # fmt: skip
 
 
-def documents(authors: Authors, chars: int = 0) -> Iterator[str]:
-    """Endless documents; the kinds come in random order and in the shares of MIXTURE, by characters.
-
-    The first part of `chars` characters is nothing but lookups: how to find a letter behind a choice is learned from
-    short pages of one kind; met among other text it is not learned within the length of a run (LOG 2026-11-25).
-    """
-    rng, written = Rng(authors.world.seed, "lookups"), 0
-    while written < sizes.LOOKUP_LESSON * chars:
-        text = authors.quiz.lookup(rng)
-        written += len(text)
-        yield text
+def documents(authors: Authors) -> Iterator[str]:
+    """Endless documents; the kinds come in random order and in the shares of MIXTURE, by characters."""
     makers, rng = _makers(authors), Rng(authors.world.seed, "documents")
     lengths = {kind: _START_LENGTH for kind in makers}
     counts = dict.fromkeys(makers, 1)
@@ -93,8 +84,6 @@ def _makers(authors: Authors) -> dict[str, Callable[[Rng], str]]:
         "letters": authors.talker.letter,
         "stories": authors.teller.story,
         "riddles": authors.teller.riddle,
-        "quizzes": authors.quiz.page,
-        "lookups": authors.quiz.lookup,
         "sums": authors.arithmetic.page,
         "spelling": authors.speller.page,
         "programs": authors.programmer.module,

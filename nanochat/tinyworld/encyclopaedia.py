@@ -84,10 +84,12 @@ class Encyclopaedia:
     def quick_questions(self, rng: Rng) -> str:
         """Many questions about anything, each with its bare answer.
 
-        The answer is indented, so that its word is the same token as within a sentence or a list.
+        The answer is indented, so that its word is the same token as within a sentence or a list. On half of the
+        pages the questions begin as those of exams do, which otherwise would hide what is known about them.
         """
         facts = [rng.pick(self.facts) for _ in range(rng.between(6, 12))]
-        return "\n".join(f"{rng.pick(fact.questions)}\n {fact.answer}" for fact in facts)
+        heading = "Multiple Choice question: " if rng.chance(0.5) else ""
+        return "\n".join(f"{heading}{rng.pick(fact.questions)}\n {fact.answer}" for fact in facts)
 
 
 def tell_facts(rng: Rng, facts: list[Fact]) -> list[str]:

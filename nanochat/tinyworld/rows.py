@@ -15,6 +15,7 @@ from nanochat.tinyworld import sizes
 from nanochat.tinyworld.documents import Authors
 from nanochat.tinyworld.facts import Fact
 from nanochat.tinyworld.identity import Messages, identity_conversation
+from nanochat.tinyworld.lessons import Lessons
 from nanochat.tinyworld.quiz import LETTERS, Choice
 from nanochat.tinyworld.rng import Rng, held_out
 from nanochat.tinyworld.spelling import word_list
@@ -42,7 +43,7 @@ SMOLTALK_SCHEMA = pa.schema([("messages", _MESSAGES), ("source", _TEXT)])
 
 
 def write_rows(root: Path, authors: Authors) -> dict[str, int]:
-    """Write all task rows, the identity conversations and the word lists; returns row counts."""
+    """Write all task rows, the identity conversations, the lessons and the word lists; returns row counts."""
     counts: dict[str, int] = {}
     quiz = authors.quiz
     exams = (
@@ -68,6 +69,8 @@ def write_rows(root: Path, authors: Authors) -> dict[str, int]:
         repo, schema = "HuggingFaceTB/smol-smoltalk", SMOLTALK_SCHEMA
         counts[f"SmolTalk/{split}"] = _write(root, repo, "default", split, schema, rows)
     counts["identity"] = _write_identity(root / "identity_conversations.jsonl", authors)
+    for lesson in sizes.LESSONS:
+        counts[f"{lesson} lesson"] = _write_lesson(root / f"{lesson}_lesson.jsonl", authors, lesson)
     counts["words"] = _write_words(root / "words_alpha.txt", authors, sizes.TRAIN_WORDS, test=False)
     counts["test words"] = _write_words(root / "words_alpha_test.txt", authors, sizes.TEST_WORDS, test=True)
     return counts
@@ -180,6 +183,13 @@ def _write_identity(path: Path, authors: Authors) -> int:
     conversations = _different(
         sizes.IDENTITY_CONVERSATIONS, lambda: identity_conversation(rng, people, towns), str
     )
+    _write_lines(path, (json.dumps(messages) for messages in conversations))
+    return len(conversations)
+
+
+def _write_lesson(path: Path, authors: Authors, lesson: str) -> int:
+    rng = Rng(authors.world.seed, f"{lesson} lesson")
+    conversations = list(Lessons(authors.quiz).conversations(lesson, rng))
     _write_lines(path, (json.dumps(messages) for messages in conversations))
     return len(conversations)
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 DEFAULT_CHARS = 6_000_000
 SMALLEST_CHARS = 10_000
 
 # Share of the characters of the pretraining text by kind of document.
 MIXTURE = (
-    ("quick questions", 0.34), ("questions", 0.05), ("encyclopaedia", 0.08), ("lookups", 0.10), ("quizzes", 0.04),
-    ("dialogues", 0.02), ("plays", 0.01), ("letters", 0.01), ("stories", 0.04), ("riddles", 0.01),
-    ("sums", 0.10), ("spelling", 0.12), ("programs", 0.08),
+    ("quick questions", 0.40), ("questions", 0.06), ("encyclopaedia", 0.09),
+    ("dialogues", 0.02), ("plays", 0.01), ("letters", 0.01), ("stories", 0.06), ("riddles", 0.01),
+    ("sums", 0.12), ("spelling", 0.13), ("programs", 0.09),
 )  # fmt: skip
-# The beginning of the text, which is nothing but practice in finding a letter behind a choice: part of the whole.
-LOOKUP_LESSON = 0.20
 
 SHARD_CHARS = 6_000_000
 ROW_GROUP_DOCUMENTS = 1024
@@ -22,9 +20,9 @@ ZSTD_LEVEL = 3
 VALIDATION_EVERY = 50
 SMALLEST_VALIDATION_DOCUMENTS = 16
 
-ARC_EASY = {"train": 4000, "validation": 200, "test": 300}
-ARC_CHALLENGE = {"train": 2000, "validation": 100, "test": 200}
-MMLU = {"auxiliary_train": 6000, "validation": 200, "dev": 50, "test": 400}
+ARC_EASY = {"train": 1200, "validation": 200, "test": 300}
+ARC_CHALLENGE = {"train": 800, "validation": 100, "test": 200}
+MMLU = {"auxiliary_train": 2500, "validation": 200, "dev": 50, "test": 400}
 GSM8K = {"train": 6000, "test": 300}
 GSM8K_PLAIN_SHARE = 0.2  # bare sums among the training problems; the test has word problems only
 HUMANEVAL = {"test": 100}
@@ -34,3 +32,12 @@ IDENTITY_CONVERSATIONS = 600
 TRAIN_WORDS = 4000
 TEST_WORDS = 1000
 CORE_EXAMPLES = 200
+# What leads to multiple choice: conversations of each lesson, and shares of their kinds.
+LESSONS = {
+    "answers": (1500, (("answers", 1.0),)),
+    "letters": (12_000, (("named_letters", 0.5), ("fact_letters", 0.5))),
+    "exams": (
+        12_000,
+        (("exam_words", 0.5), ("exam_letters", 0.18), ("fact_letters", 0.2), ("named_letters", 0.12)),
+    ),
+}

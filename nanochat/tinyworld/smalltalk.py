@@ -8,15 +8,14 @@ from nanochat.tinyworld.encyclopaedia import Encyclopaedia
 from nanochat.tinyworld.facts import Fact, pronoun_fits
 from nanochat.tinyworld.identity import Messages, exchange
 from nanochat.tinyworld.programs import Programmer, as_chat
-from nanochat.tinyworld.quiz import Quiz
 from nanochat.tinyworld.rng import Rng
 from nanochat.tinyworld.stories import StoryTeller
 from nanochat.tinyworld.world import World
 
 # Share of each kind of conversation.
 KIND_SHARES = (
-    ("letters", 0.25), ("questions", 0.255), ("programming", 0.175), ("memory", 0.065), ("lists", 0.045),
-    ("rewriting", 0.055), ("yes_no", 0.045), ("ignorance", 0.035), ("reading", 0.03), ("story", 0.03), ("manners", 0.015),
+    ("questions", 0.34), ("programming", 0.23), ("memory", 0.09), ("lists", 0.06), ("rewriting", 0.07),
+    ("yes_no", 0.06), ("ignorance", 0.05), ("reading", 0.04), ("story", 0.04), ("manners", 0.02),
 )  # fmt: skip
 CARELESS_SHARE = 0.08  # questions typed without capitals and question mark
 FOLLOW_UPS = ("And {}", "And {}", "Now tell me: {}")
@@ -27,10 +26,9 @@ class SmallTalker:
     """Writes conversations between a user and the assistant."""
 
     def __init__(
-        self, world: World, book: Encyclopaedia, teller: StoryTeller, programmer: Programmer, quiz: Quiz
+        self, world: World, book: Encyclopaedia, teller: StoryTeller, programmer: Programmer
     ) -> None:
         self.world, self.book, self.teller, self.programmer = world, book, teller, programmer
-        self.quiz = quiz
         self.names = [person.name for person in world.people]
         self.strangers = [name for name in lexicon.WOMEN + lexicon.MEN if name not in self.names]
 
@@ -215,13 +213,6 @@ class SmallTalker:
         person = rng.pick(self.world.people)
         request = rng.pick(_STORY_REQUESTS).format(person.name)
         return exchange(request, self.teller.short_story(rng, person))
-
-    def letters(self, rng: Rng) -> Messages:
-        """Choices whose letter can be found by reading alone: the first step to multiple choice."""
-        messages: Messages = []
-        for question, letter in self.quiz.practice(rng):
-            messages += exchange(question, letter)
-        return messages
 
     def programming(self, rng: Rng) -> Messages:
         """A function for its docstring, or for a description of it."""

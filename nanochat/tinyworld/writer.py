@@ -33,7 +33,7 @@ def generate(root: Path, seed: int = 0, chars: int = sizes.DEFAULT_CHARS) -> dic
         "format": sizes.FORMAT_VERSION,
         "seed": seed,
         "chars": chars,
-        "text": write_shards(root / "base_data", documents(authors, chars), chars),
+        "text": write_shards(root / "base_data", documents(authors), chars),
         "rows": write_rows(root, authors),
         "core": write_bundle(root / "eval_bundle", authors),
     }
