@@ -96,13 +96,12 @@ def _loss_and_gradient(products: Tensor, targets: Tensor, softcap: float) -> tup
     """Summed loss (fp32) of head products (n, V) before the cap, and its gradient with respect to them."""
     # tanh(x) = 2 sigmoid(2 x) - 1, which takes an exponential where tanh takes many operations.
     half = torch.sigmoid(products.float() * (2 / softcap))
-    logits = 2 * softcap * half - softcap
-    log_total = logits.logsumexp(dim=-1, keepdim=True)
+    probabilities = (2 * softcap * half - softcap).softmax(dim=-1)  # none vanishes: the cap bounds the logits
     is_target = (targets >= 0)[:, None]
     index = targets.clamp(min=0)[:, None]
-    loss = torch.where(is_target, log_total - logits.gather(1, index), 0.0).sum()
+    loss = -torch.where(is_target, probabilities.gather(1, index).log(), 0.0).sum()
     # Compared, not scattered: a scatter would not fuse, and write all probabilities to memory in between.
-    is_chosen = torch.arange(logits.size(1), device=logits.device) == index
-    excess = (logits - log_total).exp() - is_chosen.float()
-    grad = torch.where(is_target, excess * (4 * half * (1 - half)), 0.0)
+    is_chosen = torch.arange(products.size(1), device=products.device) == index
+    slope = torch.addcmul(half, half, half, value=-1)  # of the cap, times 4
+    grad = (probabilities - is_chosen.float()) * slope * (4.0 * is_target)
     return loss, grad.to(products.dtype)
