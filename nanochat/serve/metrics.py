@@ -66,7 +66,9 @@ class Metrics:
         self._queue_depth = gauge("queue_depth", "Requests waiting for a worker")
         self._workers = gauge("workers", "Workers by state", "state")
         self._busy = gauge("worker_busy_seconds_total", "Time spent generating", "worker")
-        self._kv_cache = gauge("kv_cache_bytes", "Keys and values of answers and remembered prompts", "worker")
+        self._kv_cache = gauge(
+            "kv_cache_bytes", "Keys and values of answers and remembered prompts", "worker"
+        )
         self._memory = {
             kind: gauge(f"gpu_memory_{kind}_bytes", f"GPU memory: {text}", "device")
             for kind, text in (
