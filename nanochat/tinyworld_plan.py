@@ -80,15 +80,15 @@ def rows(seed: int, steps: int) -> list[Row]:
             " --extra-data=exams_lesson.jsonl --num-iterations=260"),
         Row("mid_train", "learn conversations and tools", 145, ("lesson_exams",),
             f"scripts.mid_train {_CHAT} --source=mid --model-tag=exams --output-tag=d{TINY.depth} --warmup-ratio=0.05"
-            " --supervise=assistant --warmdown-ratio=0.3 --load-optimizer=false --smoltalk-stop=2800 --gsm8k-stop=1600"
+            " --supervise=assistant --warmdown-ratio=0.3 --load-optimizer=false --smoltalk-stop=3400 --gsm8k-stop=1400"
             # Without the review 100 steps can undo what has just connected, and without many single words one seed of
             # two never copies the word that is to be counted.
             " --extra-data=review_lesson.jsonl --simple-spelling-size=3000 --spelling-bee-size=2600"
             " --num-iterations=480"),
         evaluation_row("mid", "mid_train", 20, _EVAL),
-        Row("chat_sft", "finetune on answers", 140, ("mid_train",),
-            f"scripts.chat_sft {_CHAT} --chatcore-every=-1 --mmlu-epochs=0 --gsm8k-epochs=1 --gsm8k-stop=2000"
-            " --smoltalk-stop=2400 --simple-spelling-size=2000 --spelling-bee-size=2600 --num-iterations=400"),
+        Row("chat_sft", "finetune on answers", 145, ("mid_train",),
+            f"scripts.chat_sft {_CHAT} --chatcore-every=-1 --mmlu-epochs=0 --gsm8k-epochs=1 --gsm8k-stop=1800"
+            " --smoltalk-stop=3000 --simple-spelling-size=2000 --spelling-bee-size=2600 --num-iterations=450"),
         evaluation_row("sft", "chat_sft", 20, _EVAL),
         Row("chat_rl", "reinforce correct answers", 52, ("chat_sft",),
             "scripts.chat_rl --num-iterations=16 --examples-per-step=16 --num-samples=8 --device-batch-size=32"
