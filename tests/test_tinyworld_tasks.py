@@ -188,7 +188,7 @@ def test_lessons_are_right(root: Path, authors: Authors):
                 assert said["content"] == (letters[answer] if letter_wanted else f" {answer}")
                 assert not exam or sorted(listed.values()) == list(LETTERS)
                 kinds[f"{lesson} {'named' if named else 'asked'}{' exam' * exam}"] += 1
-    assert len(kinds) == 8 and min(kinds.values()) > 20
+    assert len(kinds) == 12 and min(kinds.values()) > 20
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
