@@ -15,7 +15,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ from nanochat.common import UserError, write_json
 from nanochat.configurator import option, run
 from nanochat.manifests import MANIFEST
 from nanochat.metrics import duration
+from nanochat.text_import import ROWS_PER_GROUP, write_shard
 
 SEED = 42
-ROWS_PER_GROUP = 1024
 
 
 @dataclass(frozen=True)
@@ -119,38 +118,18 @@ def write_shards(documents: Iterator[str], folder: Path, chars_per_shard: int, t
         chars += len(text)
         is_last = done + len(held) == total
         if is_last or (chars >= chars_per_shard and len(held) % ROWS_PER_GROUP == 0):
-            path = folder / f"shard_{index:05d}.parquet"
-            write(path, held)
+            facts = write_shard(
+                folder / f"shard_{index:05d}.parquet", held, compression_level=3, write_statistics=False
+            )
             done += len(held)
-            seconds = time.monotonic() - begun
-            left = duration(seconds / done * (total - done))
-            size = path.stat().st_size
+            left = duration((time.monotonic() - begun) / done * (total - done))
+            size = f"{facts['bytes'] / 1e6:.1f} MB"
             print(
-                f"{path.name}: {len(held):,} documents, {chars:,} characters, {size / 1e6:.1f} MB; {left} left",
+                f"{facts['name']}: {len(held):,} documents, {chars:,} characters, {size}; {left} left",
                 flush=True,
             )
-            digest = sha256(path.read_bytes()).hexdigest()
-            yield {
-                "name": path.name,
-                "documents": len(held),
-                "characters": chars,
-                "bytes": size,
-                "sha256": digest,
-            }
+            yield facts
             held, chars, index = [], 0, index + 1
-
-
-def write(path: Path, documents: list[str]) -> None:
-    """One shard, which appears whole or not at all."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    scratch = path.with_suffix(".part")
-    pq.write_table(
-        pa.table({"text": pa.array(documents, pa.large_string())}), scratch, row_group_size=ROWS_PER_GROUP,
-        compression="zstd", compression_level=3, use_dictionary=False, write_statistics=False,
-    )  # fmt: skip
-    scratch.replace(path)
 
 
 def upload(folder: Path, repo: str) -> None:

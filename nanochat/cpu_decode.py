@@ -15,19 +15,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from nanochat.gpt import GPT, MLP, Attention, Block, Embedding, Linear
+from nanochat.gpt import GPT
 from nanochat.native import load_library
-from nanochat.quantize import Int8Linear
+from nanochat.quantize import weight_layers
 
 if TYPE_CHECKING:
     from nanochat.row_cache import RowCache
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _LANES = 8
-_FRAMES, _WEIGHTS = (
-    (GPT, Block, Attention, MLP, nn.ModuleDict, nn.ModuleList),
-    (Linear, Embedding, Int8Linear),
-)
 _THREADS_VARY = {"OMP_THREAD_LIMIT", "OMP_DYNAMIC"}  # the step needs as many threads as it asks for
 
 
@@ -136,11 +132,8 @@ def _is_suitable(model: GPT) -> bool:
     if model.get_device().type != "cpu" or model.compute_dtype not in (torch.float32, torch.bfloat16):
         return False
     sizes = model.config.head_dim, model.config.vocab_size
-    # Not those that training puts in a layer's place, such as adapters.
-    if any(size % _LANES for size in sizes) or not all(
-        type(m) in _FRAMES + _WEIGHTS for m in model.modules()
-    ):
+    layers = weight_layers(model)
+    if any(size % _LANES for size in sizes) or layers is None:
         return False
-    leaves = [m for m in model.modules() if type(m) in _WEIGHTS]
-    weights = [weight for module in leaves if isinstance(weight := module.weight, torch.Tensor)]
+    weights = [weight for module in layers if isinstance(weight := module.weight, torch.Tensor)]
     return all(weight.dtype in _TYPES and weight.is_contiguous() for weight in weights)

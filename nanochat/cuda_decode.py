@@ -15,26 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from nanochat.gpt import (
-    GPT,
-    MLP,
-    NORM_EPS,
-    SMEAR_CHANNELS,
-    Attention,
-    Block,
-    Embedding,
-    GPTConfig,
-    Linear,
-)
-from nanochat.quantize import Int8Linear
+from nanochat.gpt import GPT, NORM_EPS, SMEAR_CHANNELS, Attention, GPTConfig, Linear
+from nanochat.quantize import Int8Linear, weight_layers
 
 if TYPE_CHECKING:
     from nanochat.row_cache import RowCache
 
-_FRAMES = (GPT, Block, Attention, MLP, nn.ModuleDict, nn.ModuleList)
-_WEIGHTS = (Linear, Embedding, Int8Linear)
 _PROGRAMS = 1024  # attention is split into about so many, several for each multiprocessor
 _MAX_PARTS = 64
 _LOG2_E = 1.4426950408889634
@@ -266,11 +254,11 @@ def is_suitable(model: GPT) -> bool:
         config.ve_gate_channels > 32 or 2 * _largest_score(config) > 120
     ):  # beyond, fp32 would lose small weights
         return False
-    # Not those that training puts in a layer's place, such as adapters.
-    if not all(type(module) in _FRAMES + _WEIGHTS for module in model.modules()):
+    layers = weight_layers(model)
+    if layers is None:
         return False
     kinds = [{type(m) for m in (b.attn.c_q, b.attn.c_k, b.attn.c_v)} for b in model.blocks]
-    tensors = [m.weight for m in model.modules() if type(m) in _WEIGHTS]
+    tensors = [layer.weight for layer in layers]
     return all(len(kind) == 1 for kind in kinds) and all(
         isinstance(tensor, Tensor) and tensor.is_contiguous() for tensor in tensors
     )

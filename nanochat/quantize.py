@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanochat.common import UserError
-from nanochat.gpt import GPT, Linear
+from nanochat.gpt import GPT, MLP, Attention, Block, Embedding, Linear
 
 KINDS = ("none", "int8")
 _SMALLEST = 32  # a smaller matrix, such as a gate, is not worth it
@@ -42,6 +42,17 @@ class Int8Linear(nn.Module):
             y = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale.to(x.dtype))
             return y.view(*x.shape[:-1], self.out_features)
         return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+
+
+_FRAMES = (GPT, Block, Attention, MLP, nn.ModuleDict, nn.ModuleList)
+
+
+def weight_layers(model: GPT) -> list[nn.Module] | None:
+    """The layers that hold weights; None if a module is of another kind, such as the adapters of training."""
+    modules = list(model.modules())
+    layers = [module for module in modules if type(module) in (Linear, Embedding, Int8Linear)]
+    frames = [module for module in modules if type(module) in _FRAMES]
+    return layers if len(layers) + len(frames) == len(modules) else None
 
 
 def quantize(model: GPT, kind: str, tokenizer: Any = None) -> str:

@@ -8,7 +8,7 @@ prefix store as long as there is room, so that equal beginnings are read once. E
 together are read once as a whole, and the row is copied.
 A row can call a tool; what the tool answers is forced upon it, token by token, with mask 0. While a slow tool
 works, its row stands still behind the others.
-On a GPU the step after next is started before the host has seen the tokens that it reads ("in flight"), so that the
+On a GPU the next step is started before the host has seen the tokens that it reads ("in flight"), so that the
 GPU does not wait for Python: rows in flight are read as far as their last token, logits pending.
 """
 

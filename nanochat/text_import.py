@@ -24,7 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from nanochat.common import UserError, write_json
+from nanochat.common import UserError, whole_file, write_json
 from nanochat.configurator import option
 from nanochat.dataset import open_shard
 from nanochat.manifests import MANIFEST, NAMED_SETS, imported_set
@@ -272,9 +272,9 @@ def write_shards(
         for start in range(0, num_buckets, together):
             texts = [text for path in paths[start : start + together] for text in _take(path)]
             rng.shuffle(texts)
-            facts += [_write(folder / next(names), part) for part in _parts(texts, chars_per_shard)]
+            facts += [write_shard(folder / next(names), part) for part in _parts(texts, chars_per_shard)]
         rng.shuffle(held_out)
-        return [*facts, _write(folder / next(names), held_out)]
+        return [*facts, write_shard(folder / next(names), held_out)]
 
 
 def _take(path: Path) -> Iterator[str]:
@@ -300,12 +300,15 @@ def _parts(texts: Sequence[str], chars: int) -> Iterator[list[str]]:
             part = []
 
 
-def _write(path: Path, texts: list[str]) -> dict:
+def write_shard(path: Path, texts: list[str], **parquet: Any) -> dict:
+    """Write one shard; its facts for the manifest. parquet: further options of the file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = pa.table({"text": pa.array(texts, pa.large_string())})
-    pq.write_table(table, path, row_group_size=ROWS_PER_GROUP, compression="zstd", use_dictionary=False)
+    options = {"row_group_size": ROWS_PER_GROUP, "compression": "zstd", "use_dictionary": False, **parquet}
+    with whole_file(path) as file:
+        pq.write_table(table, file, **options)
     return {
         "name": path.name, "documents": len(texts), "characters": sum(map(len, texts)),
         "bytes": path.stat().st_size, "sha256": sha256(path.read_bytes()).hexdigest(),
