@@ -31,6 +31,10 @@ def head_loss(
     rows = max(_CHUNK_LOGITS.get(x.device.type, _CHUNK_LOGITS_ELSEWHERE) // vocab_size, 1)
     if reduction == "none":
         return torch.cat(_losses(x, weight, targets, vocab_size, softcap, rows))
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # In conversations half of the positions and more have no target. On a GPU their number would be waited for.
+        (supervised,) = (targets >= 0).nonzero(as_tuple=True)
+        x, targets = x[supervised], targets[supervised]
     if torch.is_grad_enabled():
         total = _SummedLoss.apply(x, weight, targets, vocab_size, softcap, rows, weight.requires_grad)
         assert isinstance(total, Tensor)
@@ -74,11 +78,11 @@ class _SummedLoss(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape if learns else 0, dtype=torch.float32, device=x_NC.device)
         grads_x = []
         for x, targets in zip(x_NC.split(rows), targets_N.split(rows), strict=True):
-            loss, grad_logits = _loss_and_gradient(x @ matrix_VC.t(), targets, softcap)
+            loss, grad_logits, scale = _loss_and_gradient(x @ matrix_VC.t(), targets, softcap)
             total = total + loss
-            grads_x.append(grad_logits @ matrix_VC)
+            grads_x.append((grad_logits @ matrix_VC) * scale)
             if learns:
-                grad_weight[:vocab_size] += grad_logits.t() @ x
+                grad_weight[:vocab_size] += grad_logits.t() @ (x * scale)
         ctx.save_for_backward(torch.cat(grads_x), grad_weight)
         ctx.weight_dtype, ctx.learns = weight.dtype, learns
         return total
@@ -92,16 +96,24 @@ class _SummedLoss(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None, None, None
 
 
-def _loss_and_gradient(products: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """Summed loss (fp32) of head products (n, V) before the cap, and its gradient with respect to them."""
+def _loss_and_gradient(products: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed loss (fp32) of head products (n, V) before the cap, which it overwrites, and their gradient.
+
+    The gradient is the second result (n, V) times the third (n, 1): 4, or 0 where there is no target.
+    """
     # tanh(x) = 2 sigmoid(2 x) - 1, which takes an exponential where tanh takes many operations.
-    half = torch.sigmoid(products.float() * (2 / softcap))
-    probabilities = (2 * softcap * half - softcap).softmax(dim=-1)  # none vanishes: the cap bounds the logits
+    half = products.float().mul_(2 / softcap).sigmoid_()
+    # Without the -1, which softmax does not see. No probability vanishes: the cap bounds the logits.
+    probabilities = (2 * softcap * half).softmax(dim=-1)
     is_target = (targets >= 0)[:, None]
     index = targets.clamp(min=0)[:, None]
     loss = -torch.where(is_target, probabilities.gather(1, index).log(), 0.0).sum()
-    # Compared, not scattered: a scatter would not fuse, and write all probabilities to memory in between.
-    is_chosen = torch.arange(products.size(1), device=products.device) == index
-    slope = torch.addcmul(half, half, half, value=-1)  # of the cap, times 4
-    grad = (probabilities - is_chosen.float()) * slope * (4.0 * is_target)
-    return loss, grad.to(products.dtype)
+    if (
+        torch.compiler.is_compiling()
+    ):  # a scatter would not fuse, and write all probabilities to memory in between
+        is_chosen = torch.arange(products.size(1), device=products.device) == index
+        error = probabilities - is_chosen.float()
+    else:
+        error = probabilities.scatter_add_(1, index, probabilities.new_full((1, 1), -1.0).expand_as(index))
+    slope = torch.addcmul(half, half, half, value=-1)  # of the cap, over 4
+    return loss, error.mul_(slope).to(products.dtype), (4.0 * is_target).to(products.dtype)
