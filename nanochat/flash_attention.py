@@ -1,8 +1,8 @@
 """Causal attention with a sliding window, for training and for decoding with a cache.
 
 Every backend gets (B, T, H, D) tensors. A window w lets a position see itself and the w before it;
-w < 0 is unlimited. On GPUs the first of Flash Attention 3, Flash Attention 2, flex and torch's own kernels that
-runs when tried once is used (NANOCHAT_ATTN names another); everywhere else torch's own.
+w < 0 is unlimited. The first that runs when tried once is used (NANOCHAT_ATTN names another): on GPUs of Flash
+Attention 3, Flash Attention 2, flex and torch's own kernels; on processors of ours in C++ and torch's own.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
     """Attention of a whole sequence to itself. q (B, T, H, D), k and v (B, T, Hkv, D) -> (B, T, H, D)."""
-    if q.device.type == "cpu" and q.size(1) <= CPU_MATERIALISE_UP_TO:
-        return _cpu_attention(q, k, v, window)
     _, attend = backend(q.device, q.dtype)
     return attend(q, k, v, window)
 
 
 def _torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
     length = q.size(1)
+    if q.device.type == "cpu" and length <= CPU_MATERIALISE_UP_TO:
+        return _written_out(q, k, v, window)
     if 0 <= window < length - 1:
         return _sdpa(q, k, v, mask=_visible(length, window, q.device))
     return _sdpa(q, k, v, is_causal=True)
@@ -67,6 +67,21 @@ def _visible(length: int, window: int, device: torch.device) -> torch.Tensor:
 
 # --- processors --------------------------------------------------------------------------------------
 
+
+def _load_cpp() -> Attend:
+    from nanochat.cpu_attention import fits, operator
+
+    attend_and_sums = operator()
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+        if not fits(q):
+            return _torch_attention(q, k, v, window)
+        y, _ = attend_and_sums(q, k, v, window)
+        return y
+
+    return attend
+
+
 # torch's flash kernel takes 28 ms forward and backward for (16, 256, 4, 64) in bf16 on 2 cores, three times the
 # products and the softmax written out, which cost B * H * T^2 memory (LOG 2026-11-21).
 CPU_MATERIALISE_UP_TO = 1024
@@ -92,7 +107,7 @@ class _Softmax(torch.autograd.Function):
         return grad_scores @ k, grad_scores.mT @ q, probabilities.mT @ grad, None
 
 
-def _cpu_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+def _written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
     group = q.size(2) // k.size(2)
     if group > 1:
         k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
@@ -165,10 +180,11 @@ def flex_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: in
 # --- choosing the backend ----------------------------------------------------------------------------
 
 _LOADERS: dict[str, tuple[str, Callable[[], Attend]]] = {
+    "cpp": ("our C++ kernel", _load_cpp),
     "fa3": ("Flash Attention 3", _load_fa3),
     "fa2": ("Flash Attention 2", _load_fa2),
     "flex": ("flex attention for windows, else torch SDPA", _load_flex),
-    "sdpa": ("torch SDPA", lambda: _torch_attention),
+    "sdpa": ("torch SDPA, on processors written out for short rows", lambda: _torch_attention),
 }
 
 
@@ -191,7 +207,8 @@ _CHOSEN: dict[tuple[str, torch.dtype], tuple[str, Attend]] = {}
 def _choose(device: torch.device, dtype: torch.dtype, wanted: str) -> tuple[str, Attend]:
     if wanted not in ("auto", *_LOADERS):
         raise UserError(f"NANOCHAT_ATTN={wanted!r} is unknown; use auto, {', '.join(_LOADERS)}")
-    automatic = tuple(_LOADERS) if device.type == "cuda" else ("sdpa",)
+    gpu = ("fa3", "fa2", "flex", "sdpa")
+    automatic = {"cuda": gpu, "cpu": ("cpp", "sdpa")}.get(device.type, ("sdpa",))
     failures = []
     for name in automatic if wanted == "auto" else (wanted,):
         title, load = _LOADERS[name]
@@ -223,6 +240,4 @@ def _try(attend: Attend, device: torch.device, dtype: torch.dtype) -> None:
 def describe_backend(device: torch.device, dtype: torch.dtype) -> str:
     """Which attention kernel a device gets and why, for the log. Tries them, so call it before compiling."""
     description, _ = backend(device, dtype)
-    if device.type == "cpu":
-        return f"products and softmax written out up to {CPU_MATERIALISE_UP_TO} tokens, then {description}"
     return description

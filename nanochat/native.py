@@ -23,16 +23,20 @@ _FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fno-math-errno", "-fn
 @functools.cache
 def load_library(name: str) -> ctypes.CDLL | None:
     """The compiled nanochat/{name}.cpp; None where it cannot be built or is switched off."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if os.environ.get("NANOCHAT_KERNELS", "auto") == "off" or compiler is None:
-        return None
-    if not sys.platform.startswith("linux"):  # elsewhere torch's OpenMP cannot be shared
+    compiler = find_compiler()
+    if compiler is None:
         return None
     source = Path(__file__).with_name(f"{name}.cpp")
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanochat" / "kernels"
     try:
         identity = "\n".join(
-            [source.read_text(encoding="utf-8"), *_FLAGS, compiler, _version(compiler), _processor()]
+            [
+                *map(_read, (source, *sorted(source.parent.glob("*.h")))),
+                *_FLAGS,
+                compiler,
+                _version(compiler),
+                _processor(),
+            ]
         )
         library = folder / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
         if not library.exists():
@@ -42,6 +46,17 @@ def load_library(name: str) -> ctypes.CDLL | None:
         return ctypes.CDLL(str(library))
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def find_compiler() -> str | None:
+    """The compiler to use; None where there is none, or kernels are switched off."""
+    if os.environ.get("NANOCHAT_KERNELS", "auto") == "off" or not sys.platform.startswith("linux"):
+        return None  # elsewhere torch's OpenMP cannot be shared
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 def _compile(compiler: str, source: Path, library: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from nanochat import flash_attention as module
 from nanochat.common import UserError
 from nanochat.flash_attention import backend, causal_attention, describe_backend, flex_attention
+from nanochat.native import find_compiler
 
 pytestmark = pytest.mark.usefixtures("one_seeded_thread")
 CPU = torch.device("cpu")
@@ -22,9 +23,11 @@ def fresh_choice(monkeypatch):
     monkeypatch.delenv("NANOCHAT_ATTN", raising=False)
 
 
-def inputs(heads: int, kv_heads: int, length: int = LENGTH, device: str = "cpu", dtype=torch.float32):
+def inputs(
+    heads: int, kv_heads: int, length: int = LENGTH, device: str = "cpu", dtype=torch.float32, size=HEAD
+):
     return tuple(
-        torch.randn(2, length, n, HEAD, device=device).to(dtype).requires_grad_()
+        torch.randn(2, length, n, size, device=device).to(dtype).requires_grad_()
         for n in (heads, kv_heads, kv_heads)
     )
 
@@ -35,7 +38,7 @@ def exact(q, k, v, window):
     position = torch.arange(q.size(2), device=q.device)
     distance = position[:, None] - position
     hidden = (distance < 0) | ((window >= 0) & (distance > window))
-    scores = (q @ k.mT / HEAD**0.5).masked_fill(hidden, -torch.inf)
+    scores = (q @ k.mT / q.size(-1) ** 0.5).masked_fill(hidden, -torch.inf)
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
@@ -51,10 +54,40 @@ def assert_equal_to_exact(attend, tensors, window, tolerance=2e-5):
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("name", ["written out", "sdpa"])
-def test_outputs_and_gradients_with_windows_and_grouped_heads(name, window, kv_heads):
-    attend = {"written out": causal_attention, "sdpa": module._torch_attention}[name]
+@pytest.mark.parametrize("name", ["cpp", "written out", "sdpa"])
+def test_outputs_and_gradients_with_windows_and_grouped_heads(name, window, kv_heads, monkeypatch):
+    monkeypatch.setattr(module, "CPU_MATERIALISE_UP_TO", 0)
+    attend = {"cpp": our_kernel, "written out": module._written_out, "sdpa": module._torch_attention}[name]
     assert_equal_to_exact(attend, inputs(4, kv_heads), window)
+
+
+def our_kernel(*tensors):
+    if find_compiler() is None:
+        pytest.skip("no C++ compiler here")
+    return module._load_cpp()(*tensors)
+
+
+@pytest.mark.parametrize("window", [-1, 0, 9])
+@pytest.mark.parametrize(("length", "size"), [(1, 8), (7, 24), (48, 64), (49, 32), (131, 128), (20, 12)])
+def test_our_kernel_with_sizes_that_fill_no_tile(length, size, window):
+    assert_equal_to_exact(our_kernel, inputs(2, 1, length, size=size), window)
+
+
+def test_our_kernel_computes_the_same_bits_with_any_number_of_threads():
+    q, k, v = inputs(4, 2)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        y = our_kernel(q, k, v, 64)
+        results.append([y, *torch.autograd.grad(y.square().sum(), (q, k, v))])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.slow
+def test_our_kernel_within_a_compiled_function():
+    tensors = inputs(4, 2)
+    assert_equal_to_exact(torch.compile(our_kernel, fullgraph=True), tensors, 64)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
@@ -82,20 +115,25 @@ def test_flex_is_for_rows_of_training_with_a_window(monkeypatch):
 
 
 def test_the_log_says_what_runs(fresh_choice):
-    said = describe_backend(CPU, torch.float32)
-    assert "written out up to 1024 tokens, then torch SDPA (cpu, float32)" in said
+    said = describe_backend(CPU, torch.bfloat16)
+    assert said.startswith(
+        "torch SDPA, on processors written out for short rows (cpu, bfloat16; our C++ kernel: "
+    )
+    if find_compiler():
+        assert describe_backend(CPU, torch.float32) == "our C++ kernel (cpu, float32)"
     assert backend(CPU, torch.float32) is backend(CPU, torch.float32)  # tried once
 
 
-def test_long_rows_use_what_was_chosen(fresh_choice, monkeypatch):
-    monkeypatch.setattr(module, "CPU_MATERIALISE_UP_TO", 16)
+@pytest.mark.parametrize("wanted", ["auto", "sdpa"])
+def test_rows_use_what_was_chosen(fresh_choice, monkeypatch, wanted):
+    monkeypatch.setenv("NANOCHAT_ATTN", wanted)
     assert_equal_to_exact(causal_attention, inputs(2, 1), 40)
 
 
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ("fa4", "NANOCHAT_ATTN='fa4' is unknown; use auto, fa3, fa2, flex, sdpa"),
+        ("fa4", "NANOCHAT_ATTN='fa4' is unknown; use auto, cpp, fa3, fa2, flex, sdpa"),
         ("fa3", "NANOCHAT_ATTN=fa3 does not run here: Flash Attention 3: .*; use NANOCHAT_ATTN=auto"),
         ("fa2", "NANOCHAT_ATTN=fa2 does not run here: Flash Attention 2: .*; use NANOCHAT_ATTN=auto"),
     ],

@@ -118,12 +118,14 @@ def test_seeded_samples_survive_preemption_and_company():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_other_attention_of_a_processor_agrees(shape, monkeypatch):
-    """The full forward writes its products out; for long texts it takes torch's kernel, as decoding does."""
+    """The full forward takes our kernel; without a compiler it takes torch's for long texts, as decoding does."""
     model, rng = small_model(shape), random.Random(1)
     prompt = rng.choices(range(256), k=100)
     params = SamplingParams(temperature=0, max_tokens=20, logprobs=0)
     ((tokens, scores),) = run(engine_for(model), [prompt], [params])
     monkeypatch.setattr(flash_attention, "CPU_MATERIALISE_UP_TO", 0)
+    monkeypatch.setattr(flash_attention, "_CHOSEN", {})
+    monkeypatch.setenv("NANOCHAT_ATTN", "sdpa")
     check_against_full_forward(model, prompt, tokens, scores)
 
 
