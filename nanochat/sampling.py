@@ -10,11 +10,13 @@ import math
 import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from nanochat.native import load_library
 from nanochat.sampling_params import SamplingParams
 
 _MASK64 = (1 << 64) - 1
@@ -149,7 +151,7 @@ def fetch(ids: torch.Tensor) -> Callable[[], list[int]]:
 def _draw(logits: torch.Tensor, group: _Group, uniform: torch.Tensor) -> torch.Tensor:
     ids = None
     if 0 < group.num_candidates < logits.size(-1):
-        logits, ids = logits.topk(group.num_candidates, dim=-1)
+        logits, ids = _largest(logits, group.num_candidates)
     elif group.is_ordered:
         logits, ids = logits.sort(dim=-1, descending=True)
     cumulative = _probabilities(logits, group).cumsum(dim=-1)
@@ -157,6 +159,19 @@ def _draw(logits: torch.Tensor, group: _Group, uniform: torch.Tensor) -> torch.T
     choice = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     choice = choice.clamp_(max=cumulative.size(-1) - 1)
     return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
+
+
+def _largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and ids (B, count), in descending order, of logits (B, V) fp32: torch.topk, faster on processors."""
+    library = load_library("cpu_top_k") if logits.device.type == "cpu" else None
+    if library is None:
+        return logits.topk(count, dim=-1)
+    logits = logits.contiguous()
+    values, ids = logits.new_empty(len(logits), count), torch.empty(len(logits), count, dtype=torch.int64)
+    pointers = [c_void_p(tensor.data_ptr()) for tensor in (logits, values, ids)]
+    rows, size = logits.shape
+    library.top_k(pointers[0], c_int64(rows), c_int64(size), c_int64(count), *pointers[1:])
+    return values, ids
 
 
 def _probabilities(logits: torch.Tensor, group: _Group) -> torch.Tensor:

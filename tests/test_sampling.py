@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanochat import sampling
+from nanochat.native import load_library
 from nanochat.sampling import SamplingBatch, SamplingParams, sample, stream_key, top_logprobs, uniforms
 
 torch.set_num_threads(1)
@@ -56,6 +58,28 @@ def test_top_k_keeps_exactly_k_even_with_ties():
     logits = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
     found = frequencies(logits, SamplingParams(top_k=2))
     assert sorted(found.tolist())[-2:] == pytest.approx([0.5, 0.5], abs=1e-3) and (found > 0).sum() == 2
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(rows=st.integers(1, 3), size=st.integers(1, 400), share=st.floats(0, 1), levels=st.integers(1, 1000))
+def test_the_largest_are_those_of_a_stable_sort(rows, size, share, levels):
+    logits = torch.randint(levels, (rows, size), generator=torch.Generator().manual_seed(size)).float()
+    logits[logits < 2] = -torch.inf
+    count = max(1, round(share * size))
+    values, ids = sampling._largest(logits, count)
+    wanted = logits.sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(values, wanted.values[:, :count])
+    if load_library("cpu_top_k"):
+        assert torch.equal(ids, wanted.indices[:, :count])
+    else:
+        assert torch.equal(logits.gather(1, ids), values)
+
+
+def test_the_largest_of_what_is_no_number_are_still_ids():
+    values, ids = sampling._largest(torch.full((2, 70), torch.nan), 50)
+    assert values.shape == (2, 50) and all(
+        len(set(row)) == 50 and set(row) <= set(range(70)) for row in ids.tolist()
+    )
 
 
 def test_top_k_zero_none_and_beyond_the_vocabulary_are_off():
