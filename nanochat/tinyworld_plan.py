@@ -71,14 +71,14 @@ def rows(seed: int, steps: int) -> list[Row]:
             f"scripts.mid_train {lesson} {slow} {first} --output-tag=answers --extra-data=answers_lesson.jsonl"
             # Half the matrix rate: two thirds of the recall are kept at the full one, five sixths at this.
             " --matrix-lr=0.16 --num-iterations=50"),
-        Row("lesson_letters", "lesson 2: two more layers find the letter behind a choice", 130, ("lesson_answers",),
+        Row("lesson_letters", "lesson 2: two more layers find the letter behind a choice", 82, ("lesson_answers",),
             f"scripts.mid_train {lesson} {fast} --source=mid --model-tag=answers --output-tag=letters"
             f" --add-layers={TINY.depth - FIRST_LAYERS} --freeze-layers={FIRST_LAYERS}"
-            " --extra-data=letters_lesson.jsonl --matrix-lr=0.32 --num-iterations=450"),
-        Row("lesson_exams", "lesson 3: exams", 88, ("lesson_letters",),
+            " --extra-data=letters_lesson.jsonl --matrix-lr=0.32 --num-iterations=320"),
+        Row("lesson_exams", "lesson 3: exams", 75, ("lesson_letters",),
             f"scripts.mid_train {lesson} {slow} --source=mid --model-tag=letters --output-tag=exams"
             " --extra-data=exams_lesson.jsonl --num-iterations=260"),
-        Row("mid_train", "learn conversations and tools", 145, ("lesson_exams",),
+        Row("mid_train", "learn conversations and tools", 138, ("lesson_exams",),
             f"scripts.mid_train {_CHAT} --source=mid --model-tag=exams --output-tag=d{TINY.depth} --warmup-ratio=0.05"
             " --supervise=assistant --warmdown-ratio=0.3 --load-optimizer=false --smoltalk-stop=3400 --gsm8k-stop=1400"
             # Without the review 100 steps can undo what has just connected, and without many single words one seed of
@@ -86,9 +86,9 @@ def rows(seed: int, steps: int) -> list[Row]:
             " --extra-data=review_lesson.jsonl --simple-spelling-size=3000 --spelling-bee-size=2600"
             " --num-iterations=480"),
         evaluation_row("mid", "mid_train", 20, _EVAL),
-        Row("chat_sft", "finetune on answers", 145, ("mid_train",),
+        Row("chat_sft", "finetune on answers", 150, ("mid_train",),
             f"scripts.chat_sft {_CHAT} --chatcore-every=-1 --mmlu-epochs=0 --gsm8k-epochs=1 --gsm8k-stop=1800"
-            " --smoltalk-stop=3000 --simple-spelling-size=2000 --spelling-bee-size=2600 --num-iterations=450"),
+            " --smoltalk-stop=3000 --simple-spelling-size=2000 --spelling-bee-size=2600 --num-iterations=520"),
         evaluation_row("sft", "chat_sft", 20, _EVAL),
         Row("chat_rl", "reinforce correct answers", 52, ("chat_sft",),
             "scripts.chat_rl --num-iterations=16 --examples-per-step=16 --num-samples=8 --device-batch-size=32"

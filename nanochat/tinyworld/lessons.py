@@ -11,7 +11,16 @@ from collections.abc import Iterator
 from nanochat.tinyworld import sizes
 from nanochat.tinyworld.facts import Fact
 from nanochat.tinyworld.identity import Messages, exchange
-from nanochat.tinyworld.quiz import CLOSING, LETTERS, Quiz, choice_about, naming, printed, printed_choices
+from nanochat.tinyworld.quiz import (
+    CLOSING,
+    LETTERS,
+    Choice,
+    Quiz,
+    choice_about,
+    naming,
+    printed,
+    printed_choices,
+)
 from nanochat.tinyworld.rng import Rng
 
 _WORD_CLOSING = "Respond only with the correct answer."
@@ -47,7 +56,7 @@ class Lessons:
 
     def named_letters(self, rng: Rng) -> Messages:
         """Choices, then which letter stands behind one of them."""
-        words = rng.sample(self._words, rng.between(3, 4))
+        words = rng.sample(self._words, rng.between(2, 4))
         return self._ask(rng, words, [naming(word) for word in words])
 
     def fact_letters(self, rng: Rng) -> Messages:
@@ -74,23 +83,31 @@ class Lessons:
         return exchange(sheet, letters[first]) + exchange(questions[second], letters[second])
 
     def exam_words(self, rng: Rng) -> Messages:
-        """Exams that are answered with the choice itself."""
+        """Exams with any number of choices, also none, that are answered with the choice itself."""
         messages: Messages = []
-        for _ in range(rng.between(1, 2)):
+        for _ in range(rng.between(1, 3)):
             fact = rng.pick(self.facts)
             question = naming(fact.answer) if rng.chance(0.2) else rng.pick(fact.questions)
-            sheet = printed(choice_about(rng, fact, question)).replace(CLOSING, _WORD_CLOSING)
-            messages += exchange(sheet, f" {fact.answer}")
+            sheet = _shortened(rng, choice_about(rng, fact, question), fewest=0)
+            messages += exchange(sheet.replace(CLOSING, _WORD_CLOSING), f" {fact.answer}")
         return messages
 
     def exam_letters(self, rng: Rng) -> Messages:
-        """Exams as the tasks have them."""
+        """Exams as the tasks have them, with two to four choices."""
         messages: Messages = []
         for _ in range(rng.between(1, 3)):
             fact = rng.pick(self.facts)
             choice = choice_about(rng, fact, rng.pick(fact.questions))
-            messages += exchange(printed(choice), LETTERS[choice.answer])
+            messages += exchange(_shortened(rng, choice, fewest=2), LETTERS[choice.answer])
         return messages
+
+
+def _shortened(rng: Rng, choice: Choice, fewest: int) -> str:
+    """An exam without some of its wrong choices: a network first learns to carry the answer over short ways."""
+    count = rng.between(fewest, len(LETTERS))
+    wrong = [i for i in range(len(LETTERS)) if i != choice.answer]
+    shown = [choice.answer, *rng.sample(wrong, count - 1)] if count else []
+    return printed(choice, sorted(shown))
 
 
 def _exclude_each_other(a: Fact, b: Fact) -> bool:

@@ -53,12 +53,13 @@ def choice_about(rng: Rng, fact: Fact, question: str) -> Choice:
     return Choice(question, fact.topic, tuple(choices), answer)
 
 
-def printed(choice: Choice) -> str:
-    """The question as the chat format of the tasks shows it."""
-    return f"Multiple Choice question: {choice.question}\n{printed_choices(choice.choices)}\n{CLOSING}"
+def printed(choice: Choice, shown: Sequence[int] = range(len(LETTERS))) -> str:
+    """The question as the chat format of the tasks shows it. shown: indices of the choices that are printed."""
+    choices = printed_choices([choice.choices[i] for i in shown], [LETTERS[i] for i in shown])
+    return f"Multiple Choice question: {choice.question}\n{choices}\n{CLOSING}"
 
 
-def printed_choices(texts: Sequence[str], letters: Sequence[str] = LETTERS) -> str:
+def printed_choices(texts: Sequence[str], letters: Sequence[str]) -> str:
     """Lines of choices, each with its letter behind it."""
     return "".join(f"- {text}={letter}\n" for text, letter in zip(texts, letters, strict=True))
 

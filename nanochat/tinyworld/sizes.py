@@ -33,10 +33,10 @@ TRAIN_WORDS = 4000
 TEST_WORDS = 1000
 CORE_EXAMPLES = 200
 # What leads to multiple choice: conversations of each lesson, and shares of their kinds.
-_EXAM_KINDS = (("exam_words", 0.5), ("exam_letters", 0.18), ("fact_letters", 0.2), ("named_letters", 0.12))
+_EXAM_KINDS = (("exam_words", 0.32), ("exam_letters", 0.28), ("fact_letters", 0.22), ("named_letters", 0.18))
 LESSONS = {
     "answers": (1500, (("answers", 1.0),)),
-    "letters": (12_000, (("named_letters", 0.5), ("fact_letters", 0.5))),
+    "letters": (12_000, (("named_letters", 0.7), ("fact_letters", 0.3))),
     "exams": (12_000, _EXAM_KINDS),
     "review": (4000, _EXAM_KINDS),  # among the conversations of mid-training
 }
