@@ -86,15 +86,15 @@ def rows(seed: int, steps: int) -> list[Row]:
             " --extra-data=review_lesson.jsonl --simple-spelling-size=3000 --spelling-bee-size=2600"
             " --num-iterations=480"),
         evaluation_row("mid", "mid_train", 20, _EVAL),
-        Row("chat_sft", "finetune on answers", 150, ("mid_train",),
+        Row("chat_sft", "finetune on answers", 125, ("mid_train",),
             f"scripts.chat_sft {_CHAT} --chatcore-every=-1 --mmlu-epochs=0 --gsm8k-epochs=1 --gsm8k-stop=1800"
-            " --smoltalk-stop=3000 --simple-spelling-size=2000 --spelling-bee-size=2600 --num-iterations=520"),
+            " --smoltalk-stop=3000 --simple-spelling-size=2000 --spelling-bee-size=2600 --num-iterations=430"),
         evaluation_row("sft", "chat_sft", 20, _EVAL),
-        Row("chat_rl", "reinforce correct answers", 52, ("chat_sft",),
-            "scripts.chat_rl --num-iterations=16 --examples-per-step=16 --num-samples=8 --device-batch-size=32"
-            " --max-new-tokens=96 --eval-every=8 --eval-examples=100 --eval-samples=4 --save-every=8"
+        Row("chat_rl", "reinforce correct answers", 65, ("chat_sft",),
+            "scripts.chat_rl --num-iterations=24 --examples-per-step=16 --num-samples=8 --device-batch-size=32"
+            " --max-new-tokens=96 --eval-every=12 --eval-examples=100 --eval-samples=4 --save-every=12"
             # Tables that learn as fast as in pretraining unlearn what the problems do not practise (LOG 2026-11-25).
-            " --embedding-lr=0.01 --unembedding-lr=0.002 --matrix-lr=0.06"),
+            " --embedding-lr=0.015 --unembedding-lr=0.003 --matrix-lr=0.09"),
         evaluation_row("rl", "chat_rl", 20, _EVAL),
     ]  # fmt: skip
 
