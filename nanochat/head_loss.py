@@ -108,9 +108,8 @@ def _loss_and_gradient(products: Tensor, targets: Tensor, softcap: float) -> tup
     is_target = (targets >= 0)[:, None]
     index = targets.clamp(min=0)[:, None]
     loss = -torch.where(is_target, probabilities.gather(1, index).log(), 0.0).sum()
-    if (
-        torch.compiler.is_compiling()
-    ):  # a scatter would not fuse, and write all probabilities to memory in between
+    if torch.compiler.is_compiling():
+        # A scatter would not fuse, and write all probabilities to memory in between.
         is_chosen = torch.arange(products.size(1), device=products.device) == index
         error = probabilities - is_chosen.float()
     else:

@@ -29,15 +29,8 @@ def load_library(name: str) -> ctypes.CDLL | None:
     source = Path(__file__).with_name(f"{name}.cpp")
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanochat" / "kernels"
     try:
-        identity = "\n".join(
-            [
-                *map(_read, (source, *sorted(source.parent.glob("*.h")))),
-                *_FLAGS,
-                compiler,
-                _version(compiler),
-                _processor(),
-            ]
-        )
+        texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
+        identity = "\n".join([*texts, *_FLAGS, compiler, _version(compiler), _processor()])
         library = folder / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
         if not library.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -53,10 +46,6 @@ def find_compiler() -> str | None:
     if os.environ.get("NANOCHAT_KERNELS", "auto") == "off" or not sys.platform.startswith("linux"):
         return None  # elsewhere torch's OpenMP cannot be shared
     return shutil.which(os.environ.get("CXX", "g++"))
-
-
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
 
 
 def _compile(compiler: str, source: Path, library: Path) -> None:

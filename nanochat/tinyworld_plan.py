@@ -1,7 +1,8 @@
 """The plan of a whole run on the embedded data, with neither GPU nor network.
 
 A network this small does not learn multiple choice from exams (LOG 2026-11-25 and 26). So the plan teaches it before
-everything else: two layers learn the facts, two more are put on top and learn to find a letter, then all learn exams.
+everything else: two layers learn the facts, two more are put on top and learn to find a letter, then all learn exams,
+from short lists of choices to whole ones.
 What is connected by then survives the usual stages.
 """
 
