@@ -1,13 +1,9 @@
-"""Attention of whole sequences on processors, compiled: what cpu_attention.cpp needs to know, and its gradient.
-
-The kernel is an operator of torch, so that eager and compiled training use the same one.
-"""
+"""Attention of whole sequences on processors, compiled: what cpu_attention.cpp needs to know, and its gradient."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
 from ctypes import c_int64, c_void_p
 from typing import Any
 
@@ -31,63 +27,40 @@ def fits(q: Tensor) -> bool:
 
 
 @functools.cache
-def operator() -> Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]:
-    """The operator (q (B, T, H, D), k, v (B, T, Hkv, D), window) -> (y as q, logarithms of sums (B, H, T)).
-
-    All tensors fp32; a window below 0 is unlimited. Raises RuntimeError where there is no library.
-    """
-    library = load_library("cpu_attention")
-    if library is None:
+def library() -> ctypes.CDLL:
+    """The compiled kernel. Raises RuntimeError where there is none."""
+    found = load_library("cpu_attention")
+    if found is None:
         raise RuntimeError("no C++ compiler, or NANOCHAT_KERNELS=off")
+    return found
 
-    def call(function: Any, sizes: _Sizes, *tensors: Tensor) -> None:
-        if any(tensor.dtype != torch.float32 for tensor in tensors):
-            raise TypeError("only fp32")
-        pointers = [c_void_p(tensor.data_ptr()) for tensor in tensors]
-        function(ctypes.byref(sizes), *pointers, torch.get_num_threads())
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
+class CpuAttention(torch.autograd.Function):
+    """(q (B, T, H, D), k, v (B, T, Hkv, D), window) -> as q. All fp32; a window below 0 is unlimited."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        y, sums = _like(q)
-        call(library.attention_forward, _sizes(q, k, window), q, k, v, y, sums)
-        return y, sums
+        y, sums = torch.empty_like(q), q.new_empty(q.size(0), q.size(2), q.size(1))
+        _call(library().attention_forward, _sizes(q, k, window), q, k, v, y, sums)
+        ctx.save_for_backward(q, k, v, y, sums)
+        ctx.window = window
+        return y
 
-    def gradients(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor, window: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        grad, q, k, v = (x.contiguous() for x in (grad, q, k, v))
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, y, sums = ctx.saved_tensors
         grads = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        call(library.attention_backward, _sizes(q, k, window), q, k, v, y, sums, grad, *grads)
-        return grads
-
-    attend_op = torch.library.custom_op(
-        "nanochat::cpu_attention", attend, mutates_args=(), device_types="cpu",
-        schema="(Tensor q, Tensor k, Tensor v, int window) -> (Tensor, Tensor)",
-    )  # fmt: skip
-    gradients_op = torch.library.custom_op(
-        "nanochat::cpu_attention_gradients", gradients, mutates_args=(), device_types="cpu",
-        schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor y, Tensor sums, int window)"
-        " -> (Tensor, Tensor, Tensor)",
-    )  # fmt: skip
-    attend_op.register_fake(lambda q, k, v, window: _like(q))
-    gradients_op.register_fake(
-        lambda grad, q, k, v, y, sums, window: tuple(x.new_empty(x.shape) for x in (q, k, v))
-    )
-
-    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.window = inputs
-        ctx.save_for_backward(*tensors, *output)
-
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return *gradients_op(grad, *ctx.saved_tensors, ctx.window), None
-
-    attend_op.register_autograd(backward, setup_context=keep)
-    return attend_op
+        sizes, (grad,) = _sizes(q, k, ctx.window), gradients
+        _call(library().attention_backward, sizes, q, k, v, y, sums, grad.contiguous(), *grads)
+        return *grads, None
 
 
-def _like(q: Tensor) -> tuple[Tensor, Tensor]:
-    rows, length, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(rows, heads, length)
+def _call(function: Any, sizes: _Sizes, *tensors: Tensor) -> None:
+    if any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
+        raise TypeError("only fp32 on processors")
+    pointers = [c_void_p(tensor.data_ptr()) for tensor in tensors]
+    function(ctypes.byref(sizes), *pointers, torch.get_num_threads())
 
 
 def _sizes(q: Tensor, k: Tensor, window: int) -> _Sizes:
