@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "cpu_vector.h"
@@ -125,7 +126,7 @@ void forward_head(
             tile.hide(sizes, i, row, 0);
             float all = sum(total);
             for (int j = 0; j < n; j += kLanes) store(row + j, load(row + j) * (1.0f / all));
-            if (lse) lse[first + i] = top * scale + std::log(all);
+            lse[first + i] = top * scale + std::log(all);
         }
         int seen = int(std::min(tile.high, sizes.length) - tile.low);
         product<false>(m, size, seen, scores, n, 1, v + tile.low * kv_row, kv_row, y + first * q_row, q_row);
@@ -168,7 +169,7 @@ void backward_head(
 
 }  // namespace
 
-// q, y (B, T, H, D); k, v (B, T, Hkv, D); lse (B, H, T), natural logarithms of the sums, or null. All contiguous.
+// q, y (B, T, H, D); k, v (B, T, Hkv, D); lse (B, H, T), natural logarithms of the sums. All contiguous.
 extern "C" void attention_forward(
     const Sizes* of, const float* q, const float* k, const float* v, float* y, float* lse, int32_t threads) {
     const Sizes sizes = *of;
@@ -181,8 +182,7 @@ extern "C" void attention_forward(
             int64_t row = item / sizes.heads, head = item % sizes.heads;
             int64_t at = (row * sizes.length * sizes.heads + head) * size;
             int64_t kv_at = (row * sizes.length * sizes.kv_heads + head / group) * size;
-            float* sums = lse ? lse + item * sizes.length : nullptr;
-            forward_head(sizes, q + at, k + kv_at, v + kv_at, y + at, sums, scratch.data());
+            forward_head(sizes, q + at, k + kv_at, v + kv_at, y + at, lse + item * sizes.length, scratch.data());
         }
     }
 }
