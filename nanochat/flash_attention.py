@@ -230,11 +230,12 @@ def _choose(device: torch.device, dtype: torch.dtype, wanted: str) -> tuple[str,
 
 def _try(attend: Attend, device: torch.device, dtype: torch.dtype) -> None:
     """One forward and backward pass on a short row with a window; raises whatever goes wrong."""
-    q, k, v = (
-        torch.zeros(1, 2 * _FLEX_BLOCK, heads, 64, dtype=dtype, device=device, requires_grad=True)
-        for heads in (2, 1, 1)
-    )
-    with torch.enable_grad():
+    # Whoever asks first may be decoding, and its choice is also training's.
+    with torch.inference_mode(False), torch.enable_grad():
+        q, k, v = (
+            torch.zeros(1, 2 * _FLEX_BLOCK, heads, 64, dtype=dtype, device=device, requires_grad=True)
+            for heads in (2, 1, 1)
+        )
         torch.autograd.grad(attend(q, k, v, _FLEX_BLOCK // 2).sum(), (q, k, v))
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -125,6 +125,13 @@ def test_the_log_says_what_runs(fresh_choice):
     assert backend(CPU, torch.float32) is backend(CPU, torch.float32)  # tried once
 
 
+def test_decoding_chooses_what_training_would(fresh_choice, monkeypatch):
+    before, _ = backend(CPU, torch.float32)
+    monkeypatch.setattr(module, "_CHOSEN", {})
+    with torch.inference_mode():
+        assert describe_backend(CPU, torch.float32) == before
+
+
 @pytest.mark.parametrize("wanted", ["auto", "sdpa"])
 def test_rows_use_what_was_chosen(fresh_choice, monkeypatch, wanted):
     monkeypatch.setenv("NANOCHAT_ATTN", wanted)
