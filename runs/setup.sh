@@ -38,6 +38,9 @@ if [ "${SKIP_SETUP:-0}" != "1" ]; then
     "$uv_command" sync --inexact # leaves extras that were installed on purpose
 fi
 
+# Every stage imports torch, which takes three times as long where Python may not keep what it has compiled.
+unset PYTHONDONTWRITEBYTECODE
+
 environment="${UV_PROJECT_ENVIRONMENT:-.venv}"
 if [ ! -f "$environment/bin/activate" ]; then
     echo "error: $environment does not exist; run this again without SKIP_SETUP=1" >&2

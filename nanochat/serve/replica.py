@@ -14,6 +14,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, BinaryIO
 
 from nanochat.common import UserError
+from nanochat.configurator import look_for_garbage_rarely
 from nanochat.serve.protocol import (
     Cancel,
     Command,
@@ -39,6 +40,7 @@ def serve_replica(channel: socket.socket, load: Callable[[int], Replica], index:
 
     Whatever goes wrong ends it too: the server starts another one.
     """
+    look_for_garbage_rarely()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides
     commands: SimpleQueue[Command] = SimpleQueue()
     # A thread reads, so that commands never fill the channel while the engine works.
