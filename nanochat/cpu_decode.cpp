@@ -81,6 +81,14 @@ struct Network {
 
 // --- products ------------------------------------------------------------------------------------------
 
+// Said to be fused, or the compiler would decide anew for each caller, and with it about the last bit.
+inline void put(float* to, float total, float scale, Epilogue epilogue) {
+    float value = total * scale;
+    if (epilogue == kAdd) *to = std::fma(total, scale, *to);
+    else if (epilogue == kReluSquared) *to = value > 0 ? value * value : 0;
+    else *to = value;
+}
+
 template <typename W, int O, int B>
 inline void tile(const W* w, const float* x, float* y, int in, int out, const float* scale, Epilogue epilogue) {
     Vec acc[O][B] = {};
@@ -93,13 +101,8 @@ inline void tile(const W* w, const float* x, float* y, int in, int out, const fl
         }
     }
     for (int o = 0; o < O; o++)
-        for (int b = 0; b < B; b++) {
-            float value = sum(acc[o][b]) * (scale ? scale[o] : 1.0f);
-            float* to = y + size_t(b) * out + o;
-            if (epilogue == kAdd) *to += value;
-            else if (epilogue == kReluSquared) *to = value > 0 ? value * value : 0;
-            else *to = value;
-        }
+        for (int b = 0; b < B; b++)
+            put(y + size_t(b) * out + o, sum(acc[o][b]), scale ? scale[o] : 1.0f, epilogue);
 }
 
 template <typename W, int O>
@@ -108,6 +111,51 @@ inline void tiles(const W* w, const float* x, float* y, int rows, int in, int ou
     for (; b + 3 <= rows; b += 3) tile<W, O, 3>(w, x + size_t(b) * in, y + size_t(b) * out, in, out, s, e);
     if (b + 2 == rows) tile<W, O, 2>(w, x + size_t(b) * in, y + size_t(b) * out, in, out, s, e);
     if (b + 1 == rows) tile<W, O, 1>(w, x + size_t(b) * in, y + size_t(b) * out, in, out, s, e);
+}
+
+// Many rows: lanes are rows, so that no vector has to be summed up. What `tile` adds in lane c is added here in pass c,
+// and the passes as `sum` adds the lanes: the same bits.
+constexpr int kMany = 6;  // rows from which that is faster
+constexpr int kPassOutputs = kWide == 16 ? 8 : 4, kPassVectors = 2, kPassRows = kPassVectors * kWide;
+
+// Of x (rows, in), as (lane, in / kLanes, V * kWide).
+void transpose(const float* x, float* to, int rows, int in, int padded) {
+    for (int c = 0; c < kLanes; c++)
+        for (int i = c; i < in; i += kLanes, to += padded) {
+            for (int b = 0; b < rows; b++) to[b] = x[size_t(b) * in + i];
+            for (int b = rows; b < padded; b++) to[b] = 0;
+        }
+}
+
+inline const float* widened(const float* from, float*, int) { return from; }
+template <typename W>
+const float* widened(const W* from, float* to, int count) {
+    for (int i = 0; i < count; i += kLanes) store(to + i, load(from + i));
+    return to;
+}
+
+template <int V>
+inline void passes(const float* w, const float* xt, float* y, int rows, int in, int out, const float* scale, Epilogue e) {
+    constexpr int O = kPassOutputs;
+    Wide parts[kLanes][O][V];
+    for (int c = 0; c < kLanes; c++) {
+        Wide acc[O][V] = {};
+        for (int i = c; i < in; i += kLanes, xt += V * kWide) {
+            Wide v[V];
+            for (int j = 0; j < V; j++) v[j] = load_wide(xt + j * kWide);
+            for (int o = 0; o < O; o++)
+                for (int j = 0; j < V; j++) acc[o][j] += w[size_t(o) * in + i] * v[j];
+        }
+        std::memcpy(parts[c], acc, sizeof(acc));
+    }
+    auto at = [&](int c, int o, int j) { return parts[c][o][j]; };
+    for (int o = 0; o < O; o++)
+        for (int j = 0; j < V; j++) {
+            Wide total = ((at(0, o, j) + at(4, o, j)) + (at(2, o, j) + at(6, o, j))) +
+                         ((at(1, o, j) + at(5, o, j)) + (at(3, o, j) + at(7, o, j)));
+            for (int b = j * kWide; b < std::min(rows, (j + 1) * kWide); b++)
+                put(y + size_t(b) * out + o, total[b - j * kWide], scale ? scale[o] : 1.0f, e);
+        }
 }
 
 // Outputs first to last of y (rows, out) = x (rows, in) m^T. O is 8 for one row, where additions would otherwise wait
@@ -123,13 +171,37 @@ void product(const Matrix& m, const float* x, float* y, int rows, int first, int
     for (; o < last; o++) tiles<W, 1>(w + size_t(o) * m.in, x, y + o, rows, m.in, m.out, scale(o), e);
 }
 
-void multiply(const Matrix& m, const float* x, float* y, int rows, int thread, int threads, Epilogue e) {
+// The same for many rows. scratch: kPassRows + kPassOutputs times m.in floats.
+template <typename W>
+void product_of_many(const Matrix& m, const float* x, float* y, int rows, int first, int last, Epilogue e, float* scratch) {
+    const W* w = static_cast<const W*>(m.data);
+    int whole = first + (last - first) / kPassOutputs * kPassOutputs;
+    for (int b = 0; b < rows; b += kPassRows) {
+        int part = std::min(rows - b, kPassRows), padded = part > kWide ? kPassRows : kWide;
+        transpose(x + size_t(b) * m.in, scratch, part, m.in, padded);
+        for (int o = first; o < whole; o += kPassOutputs) {
+            float *wide = scratch + size_t(kPassRows) * m.in, *to = y + size_t(b) * m.out + o;
+            const float *panel = widened(w + size_t(o) * m.in, wide, kPassOutputs * m.in), *scale = m.scale ? m.scale + o : nullptr;
+            if (padded == kWide) passes<1>(panel, scratch, to, part, m.in, m.out, scale, e);
+            else passes<kPassVectors>(panel, scratch, to, part, m.in, m.out, scale, e);
+        }
+    }
+    product<W>(m, x, y, rows, whole, last, e);
+}
+
+template <typename W>
+void multiply_by(const Matrix& m, const float* x, float* y, int rows, int first, int last, Epilogue e, float* scratch) {
+    if (rows < kMany) product<W>(m, x, y, rows, first, last, e);
+    else product_of_many<W>(m, x, y, rows, first, last, e, scratch);
+}
+
+void multiply(const Matrix& m, const float* x, float* y, int rows, int thread, int threads, Epilogue e, float* scratch) {
     int blocks = (m.out + kLanes - 1) / kLanes;
     int first = std::min(m.out, blocks * thread / threads * kLanes);
     int last = std::min(m.out, blocks * (thread + 1) / threads * kLanes);
-    if (m.type == kFloat) product<float>(m, x, y, rows, first, last, e);
-    else if (m.type == kBfloat) product<bf16>(m, x, y, rows, first, last, e);
-    else product<int8_t>(m, x, y, rows, first, last, e);
+    if (m.type == kFloat) multiply_by<float>(m, x, y, rows, first, last, e, scratch);
+    else if (m.type == kBfloat) multiply_by<bf16>(m, x, y, rows, first, last, e, scratch);
+    else multiply_by<int8_t>(m, x, y, rows, first, last, e, scratch);
 }
 
 float element(const Matrix& m, int64_t row, int i) {
@@ -247,8 +319,10 @@ void embed(const Network& n, int row, int64_t id, float* x, float* scratch) {
 }
 
 struct Buffers {
-    float *x, *x0, *middle, *normed, *q, *k, *v, *y, *hidden, *scores;
+    float *x, *x0, *middle, *normed, *q, *k, *v, *y, *hidden, *scores, *wide;
 };
+
+int64_t wide_floats(const Network& n) { return int64_t(kPassRows + kPassOutputs) * std::max(n.width, n.hidden); }
 
 template <typename C>
 void run(const Network& n, int rows, const int64_t* ids, const int32_t* positions, float* logits, const Buffers& m,
@@ -256,6 +330,7 @@ void run(const Network& n, int rows, const int64_t* ids, const int32_t* position
     int size = n.width;
     int begin = rows * thread / threads, end = rows * (thread + 1) / threads;
     float* scores = m.scores + size_t(thread) * longest;
+    float* wide = m.wide + size_t(thread) * wide_floats(n);
     auto wait = [&] {
         if (threads > 1) {
 #pragma omp barrier
@@ -274,19 +349,19 @@ void run(const Network& n, int rows, const int64_t* ids, const int32_t* position
             norm(x, m.normed + size_t(b) * size, size);
         }
         wait();
-        multiply(l.q, m.normed, m.q, rows, thread, threads, kStore);
-        multiply(l.k, m.normed, m.k, rows, thread, threads, kStore);
-        multiply(l.v, m.normed, m.v, rows, thread, threads, kStore);
+        multiply(l.q, m.normed, m.q, rows, thread, threads, kStore, wide);
+        multiply(l.k, m.normed, m.k, rows, thread, threads, kStore, wide);
+        multiply(l.v, m.normed, m.v, rows, thread, threads, kStore, wide);
         wait();
         attention<C>(n, l, m.q, m.k, m.v, m.y, m.normed, ids, positions, rows, thread, threads, scores);
         wait();
-        multiply(l.o, m.y, m.x, rows, thread, threads, kAdd);
+        multiply(l.o, m.y, m.x, rows, thread, threads, kAdd, wide);
         wait();
         for (int b = begin; b < end; b++) norm(m.x + size_t(b) * size, m.normed + size_t(b) * size, size);
         wait();
-        multiply(l.fc, m.normed, m.hidden, rows, thread, threads, kReluSquared);
+        multiply(l.fc, m.normed, m.hidden, rows, thread, threads, kReluSquared, wide);
         wait();
-        multiply(l.proj, m.hidden, m.x, rows, thread, threads, kAdd);
+        multiply(l.proj, m.hidden, m.x, rows, thread, threads, kAdd, wide);
         wait();
         if (n.backout && i == n.num_layers / 2)
             for (int b = begin; b < end; b++) std::memcpy(m.middle + size_t(b) * size, m.x + size_t(b) * size, 4 * size);
@@ -298,7 +373,7 @@ void run(const Network& n, int rows, const int64_t* ids, const int32_t* position
         norm(x, m.normed + size_t(b) * size, size);
     }
     wait();
-    multiply(n.head, m.normed, logits, rows, thread, threads, kStore);
+    multiply(n.head, m.normed, logits, rows, thread, threads, kStore, wide);
     wait();
     int64_t blocks = int64_t(rows) * n.vocab / kLanes, rest = blocks * kLanes;
     for (int64_t i = blocks * thread / threads * kLanes; i < blocks * (thread + 1) / threads * kLanes; i += kLanes) {
@@ -316,7 +391,7 @@ void run(const Network& n, int rows, const int64_t* ids, const int32_t* position
 // Bytes of scratch memory that `decode` needs; longest is the largest position plus one.
 extern "C" int64_t decode_scratch(const Network* n, int32_t rows, int32_t longest, int32_t threads) {
     int64_t kv = n->kv_heads * n->head_size;
-    return 4 * (int64_t(rows) * (6 * n->width + 2 * kv + n->hidden) + int64_t(threads) * (longest + kLanes));
+    return 4 * (int64_t(rows) * (6 * n->width + 2 * kv + n->hidden) + threads * (longest + kLanes + wide_floats(*n)));
 }
 
 // Adds the tokens ids (rows) at positions (rows) to the rows of the cache; logits (rows, vocab) after each.
@@ -327,8 +402,9 @@ extern "C" void decode(const Network* n, int32_t rows, const int64_t* ids, const
     m.x = take(n->width), m.x0 = take(n->width), m.middle = take(n->width), m.normed = take(n->width);
     m.q = take(n->width), m.y = take(n->width), m.hidden = take(n->hidden);
     m.k = take(n->kv_heads * n->head_size), m.v = take(n->kv_heads * n->head_size);
-    m.scores = scratch;
     longest += kLanes;
+    m.scores = scratch;
+    m.wide = scratch + int64_t(threads) * longest;
     auto work = [&](int thread) {
         if (n->cache_type == kFloat) run<float>(*n, rows, ids, positions, logits, m, longest, thread, threads);
         else run<bf16>(*n, rows, ids, positions, logits, m, longest, thread, threads);

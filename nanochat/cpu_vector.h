@@ -37,4 +37,14 @@ inline Vec exp(Vec x) {
     return p * scale;
 }
 
+// As many floats as a register holds.
+#ifdef __AVX512F__
+constexpr int kWide = 16;
+#else
+constexpr int kWide = 8;
+#endif
+typedef float Wide __attribute__((vector_size(4 * kWide)));
+
+inline Wide load_wide(const float* p) { Wide v; std::memcpy(&v, p, 4 * kWide); return v; }
+
 }  // namespace

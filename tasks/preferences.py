@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from nanochat.calculator import use_calculator
 from nanochat.common import UserError
 from nanochat.conversation import Conversation, checked_messages
 from tasks.common import RowError, Task
@@ -86,20 +87,59 @@ class SlippedSolutions:
 
 
 def slip(parts: list[dict[str, str]], rng: random.Random) -> list[dict[str, str]]:
-    """The parts of a solution with another final number, from the last tool output on."""
+    """The parts of a solution that ends with another number, because of a wrong number in its last calculation.
+
+    What the tool says and what follows from it agree with the wrong calculation: the slip is the model's own. Where no
+    such slip changes the end, only the number there does.
+    """
     final = extract_answer(parts[-1]["text"])
     if final is None:
         raise RowError(f"the solution {parts[-1]['text']!r} does not end with a number after ####")
-    value, away = float(final), rng.choice((1, 2, 3, 10))
-    wrong = f"{value + away if value < away or rng.random() < 0.5 else value - away:.12g}"
-    number = re.compile(rf"(?<![\d.,]){re.escape(final)}(?!\d|[.,]\d)")
-    outputs = [i for i, part in enumerate(parts) if part["type"] == "python_output"]
-    start = outputs[-1] if outputs else len(parts) - 1
-    changed = []
-    for i, part in enumerate(parts):
-        text = part["text"]
-        if i >= start:
-            plain = re.sub(r"(?<=\d),(?=\d{3})", "", text)  # 1,010 is 1010 in the answer
-            text = number.sub(wrong, plain)
-        changed.append({**part, "text": text})
-    return changed
+    calls = [i for i, part in enumerate(parts) if part["type"] == "python"]
+    if calls and parts[calls[-1] + 1]["text"] == final:
+        call = calls[-1]
+        numbers = list(re.finditer(_NUMBER, parts[call]["text"]))
+        rng.shuffle(numbers)
+        for number in numbers:
+            expression = _put(parts[call]["text"], number.span(), _another(number.group(), rng))
+            result = use_calculator(expression)
+            if result is None or result == final:
+                continue
+            changed = [dict(part) for part in parts]
+            if call:
+                changed[call - 1]["text"] = _with_slip(
+                    parts[call - 1]["text"], parts[call]["text"], expression
+                )
+            changed[call]["text"] = expression
+            for part in changed[call + 1 :]:
+                part["text"] = _renamed(part["text"], final, result)
+            return changed
+    return [*parts[:-1], {**parts[-1], "text": _renamed(parts[-1]["text"], final, _another(final, rng))}]
+
+
+_NUMBER = r"\d+(?:\.\d+)?"
+
+
+def _another(number: str, rng: random.Random) -> str:
+    value, away = float(number), rng.choice((1, 2, 3, 10))
+    return f"{value + away if value < away or rng.random() < 0.5 else value - away:.12g}"
+
+
+def _put(text: str, span: tuple[int, int], new: str) -> str:
+    return text[: span[0]] + new + text[span[1] :]
+
+
+def _with_slip(text: str, before: str, after: str) -> str:
+    """The words in front of a calculation, which often end with the same one, spaced."""
+    tokens = [re.findall(rf"{_NUMBER}|\S", expression) for expression in (before, after)]
+    found = list(re.finditer(r"(\s*)".join(map(re.escape, tokens[0])), text))
+    if not found or len(tokens[0]) != len(tokens[1]):
+        return text
+    spaces = [*found[-1].groups(), ""]
+    return _put(text, found[-1].span(), "".join(map("".join, zip(tokens[1], spaces, strict=True))))
+
+
+def _renamed(text: str, before: str, after: str) -> str:
+    """The text with one number in place of another; 1,010 is 1010."""
+    plain = re.sub(r"(?<=\d),(?=\d{3})", "", text)
+    return re.sub(rf"(?<![\d.,]){re.escape(before)}(?!\d|[.,]\d)", after, plain)

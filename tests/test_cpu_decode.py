@@ -52,6 +52,12 @@ def tokens(rows: int, step: int) -> list[int]:
     return random.Random(step).choices(range(256), k=rows)
 
 
+def narrow(model: GPT) -> None:
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.to(torch.bfloat16)
+
+
 def decoder(model: GPT) -> CpuDecoder:
     made = CpuDecoder.of(model)
     assert made is not None
@@ -75,17 +81,24 @@ def test_equals_the_network(architecture, sizes):
         torch.testing.assert_close(compiled.previous, eager.previous, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("architecture", ["classic", "modern"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("architecture", "rows"), [("classic", 5), ("modern", 5), ("modern", 11), ("modern", 43)]
+)
 @torch.inference_mode()
-def test_company_and_threads_change_no_bit(architecture):
+def test_company_and_threads_change_no_bit(architecture, rows, kind):
     model = random_model(architecture, n_layer=3)
-    lengths = [7, 12, 3, 16, 1]
+    if kind == "int8":
+        quantize(model, "int8")
+    elif kind == "bfloat16":
+        narrow(model)
+    lengths = [1 + 5 * row % 17 for row in range(rows)]
     together, alone = prefilled(model, lengths), [prefilled(model, [length]) for length in lengths]
     step = decoder(model).step
-    for number in range(20):
-        ids = tokens(5, number)
+    for number in range(6):
+        ids = tokens(rows, number)
         torch.set_num_threads(1 + number % 3)
-        found = step(together, 5, ids)
+        found = step(together, rows, ids)
         torch.set_num_threads(1)
         for row, cache in enumerate(alone):
             assert torch.equal(step(cache, 1, ids[row : row + 1])[0], found[row])
@@ -130,9 +143,7 @@ def test_narrow_weights(kind):
 @torch.inference_mode()
 def test_a_bfloat16_cache():
     model = random_model("modern")
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.to(torch.bfloat16)
+    narrow(model)
     model.compute_dtype = torch.bfloat16
     model.init_rotary()
     compiled, eager = prefilled(model, [5, 9]), prefilled(model, [5, 9])

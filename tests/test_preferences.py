@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from nanochat.calculator import use_calculator
 from nanochat.common import UserError
 from tasks.common import extract_answer
 from tasks.gsm8k import GSM8K, solution_parts
@@ -66,16 +67,31 @@ def test_missing_and_empty_files_are_one_clear_line(tmp_path):
         PreferenceJSON(write(tmp_path / "empty.jsonl", ""))
 
 
-def test_a_slip_changes_the_last_result_and_what_follows_from_it():
+def test_a_slip_is_in_the_last_calculation_and_what_follows_agrees_with_it():
     parts = solution_parts(
-        "First <<12*80=960>>960 pens. Then <<960+50=1010>>1,010 pens for 21010 cats.\n#### 1,010"
+        "First <<12*80=960>>960 pens. Then 960 + 50 = <<960+50=1010>>1,010 pens for 21010 cats.\n#### 1,010"
     )
+    for seed in range(20):
+        wrong = slip(parts, random.Random(seed))
+        assert wrong[:3] == parts[:3]
+        expression, result = wrong[4]["text"], wrong[5]["text"]
+        assert expression != "960+50" and ("960+" in expression) != ("+50" in expression)
+        assert wrong[3]["text"] == f"960 pens. Then {expression.replace('+', ' + ')} = "
+        assert result == use_calculator(expression) != "1010"
+        assert wrong[6]["text"] == f"{result} pens for 21010 cats.\n#### {result}"
+
+
+@pytest.mark.parametrize(
+    "solution",
+    ["It is seven.\n#### 7", "Three and <<2+2=4>>4 are seven.\n#### 7", "<<7*0=0>>0 or\n#### 0"],
+)
+def test_where_no_calculation_gives_the_end_only_that_changes(solution):
+    parts = solution_parts(solution)
     wrong = slip(parts, random.Random(0))
-    assert wrong[:5] == parts[:5]
-    number = extract_answer(wrong[-1]["text"])
-    assert number is not None and number != "1010"
-    assert wrong[5]["text"] == number
-    assert wrong[6]["text"] == f"{number} pens for 21010 cats.\n#### {number}"
+    right, found = (extract_answer(each[-1]["text"]) for each in (parts, wrong))
+    assert found is not None and found != right
+    if "*" not in solution:
+        assert wrong[:-1] == parts[:-1]
 
 
 def test_every_slipped_solution_of_the_world_is_wrong_and_repeatable(tiny_run):
