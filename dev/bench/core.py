@@ -49,7 +49,7 @@ def main(cfg: Config) -> None:
         raise UserError(f"--tasks={cfg.tasks}: not all of these are in the bundle")
     items = {task.label: load_items(task, cfg.examples) for task in tasks}
     with distributed("cpu") as world:
-        model, tokenizer = build(cfg, items.values(), world)
+        model, tokenizer = build(cfg, list(items.values()), world)
         totals = [0.0, 0.0]
         for task in tasks:
             seconds: tuple[list[float], list[float]] = ([], [])

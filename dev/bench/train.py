@@ -61,6 +61,7 @@ class Row:
     milliseconds: float
     cpu_milliseconds: float  # processor time, which a busy machine changes less
     tflops: float
+    product_tflops: float  # of a plain product as large as the network's largest, in the same processes
     mfu: float | None  # of the device's peak in bf16; None where that is unknown
     peak_mb: float
     phases: dict[str, float]  # shares of the sum of the phases
@@ -171,7 +172,8 @@ def summary(contender: str, name: str, shape: Shape, runs: list[dict], cfg: Conf
     phases = {phase: statistics.median(result["phases"][phase] for result in runs) for phase in PHASES}
     total = sum(phases.values())
     return Row(
-        contender, name, speed, 1e3 * seconds, 1e3 * cpu_seconds, flops / 1e12, flops / (peak * ranks) if peak else None,
+        contender, name, speed, 1e3 * seconds, 1e3 * cpu_seconds, flops / 1e12,
+        statistics.median(result["product_flops"] for result in runs) / 1e12, flops / (peak * ranks) if peak else None,
         statistics.median(result["peak_bytes"] for result in runs) / 1e6,
         {phase: value / total for phase, value in phases.items()}, runs[-1]["loss"], runs[0]["how"],
     )  # fmt: skip
@@ -185,6 +187,7 @@ def report(rows: list[Row]) -> None:
             by_cpu = peer.cpu_milliseconds / row.cpu_milliseconds
             ratio = f"{row.tokens_per_second / peer.tokens_per_second:5.2f}x hf ({by_cpu:.2f}x in CPU time)"
         mfu = f"MFU {100 * row.mfu:4.1f} %" if row.mfu is not None else f"{1e3 * row.tflops:,.0f} GFLOP/s"
+        mfu += f" ({100 * row.tflops / row.product_tflops:.0f} % of a plain product)"
         shares = ", ".join(f"{phase} {100 * share:.1f} %" for phase, share in row.phases.items())
         print(
             f"{row.shape} {row.contender:12} {row.tokens_per_second:11,.0f} tok/s  {ratio}  {mfu}  {row.peak_mb:,.0f} MB"

@@ -7,6 +7,7 @@ every step, as the training loop does. Phases are timed in further steps, becaus
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -224,9 +225,29 @@ def measure(contender: tuple[Step, float, str], shape: Shape, world: World, job:
         "phases": {name: value / job["phase_steps"] for name, value in clock.seconds.items()},
         "peak_bytes": peak_memory_bytes(world.device),
         "flops_per_token": flops,
+        "product_flops": product_flops(shape, world.device),
         "loss": loss,
         "how": how,
     }
+
+
+def product_flops(shape: Shape, device: torch.device, repeats: int = 30) -> float:
+    """FLOP/s of the largest product of a block, alone: what its multiplications could run at. bf16 on a GPU, else fp32."""
+    import torch
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    x, w = (
+        torch.randn(n, shape.width, dtype=dtype, device=device)
+        for n in (shape.rows * shape.length, 4 * shape.width)
+    )
+    seconds = []
+    for _ in range(repeats):
+        synchronize(device)
+        started = time.perf_counter()
+        torch.mm(x, w.T)
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * len(x) * w.numel() / statistics.median(seconds)
 
 
 if __name__ == "__main__":
