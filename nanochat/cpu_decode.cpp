@@ -12,53 +12,12 @@
 #include <cstring>
 #include <omp.h>
 
-#include "cpu_vector.h"
+#include "cpu_products.h"
 
 namespace {
 
 constexpr float kNormEps = 1.0f / (1 << 23);
 constexpr int kSmearChannels = 24;
-typedef uint16_t Half __attribute__((vector_size(16)));
-typedef int8_t Byte __attribute__((vector_size(8)));
-
-enum Type : int32_t { kFloat = 0, kBfloat = 1, kInt8 = 2 };
-enum Epilogue { kStore, kAdd, kReluSquared };
-
-struct bf16 { uint16_t bits; };
-
-inline float to_float(float x) { return x; }
-inline float to_float(int8_t x) { return x; }
-inline float to_float(bf16 x) {
-    uint32_t bits = uint32_t(x.bits) << 16;
-    float y;
-    std::memcpy(&y, &bits, 4);
-    return y;
-}
-inline void put(float* to, float x) { *to = x; }
-inline void put(bf16* to, float x) {  // to nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    to->bits = uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
-
-inline Vec load(const bf16* p) {
-    Half h;
-    std::memcpy(&h, p, 16);
-    VecInt wide = __builtin_convertvector(h, VecInt) << 16;
-    Vec v;
-    std::memcpy(&v, &wide, 32);
-    return v;
-}
-inline Vec load(const int8_t* p) {
-    Byte b;
-    std::memcpy(&b, p, 8);
-    return __builtin_convertvector(__builtin_convertvector(b, VecInt), Vec);
-}
-struct Matrix {  // (out, in) row by row, or a table of `out` vectors
-    const void* data;
-    const float* scale;
-    int32_t type, in, out;
-};
 
 struct Layer {
     Matrix q, k, v, o, fc, proj, value_table, value_gate;  // value_table.data is null without one
@@ -78,139 +37,6 @@ struct Network {
     void* previous;                  // (rows, width), the smear's state
     Layer* layers;
 };
-
-// --- products ------------------------------------------------------------------------------------------
-
-// Said to be fused, or the compiler would decide anew for each caller, and with it about the last bit.
-inline void put(float* to, float total, float scale, Epilogue epilogue) {
-    float value = total * scale;
-    if (epilogue == kAdd) *to = std::fma(total, scale, *to);
-    else if (epilogue == kReluSquared) *to = value > 0 ? value * value : 0;
-    else *to = value;
-}
-
-template <typename W, int O, int B>
-inline void tile(const W* w, const float* x, float* y, int in, int out, const float* scale, Epilogue epilogue) {
-    Vec acc[O][B] = {};
-    for (int i = 0; i < in; i += kLanes) {
-        Vec v[B];
-        for (int b = 0; b < B; b++) v[b] = load(x + size_t(b) * in + i);
-        for (int o = 0; o < O; o++) {
-            Vec weight = load(w + size_t(o) * in + i);
-            for (int b = 0; b < B; b++) acc[o][b] += weight * v[b];
-        }
-    }
-    for (int o = 0; o < O; o++)
-        for (int b = 0; b < B; b++)
-            put(y + size_t(b) * out + o, sum(acc[o][b]), scale ? scale[o] : 1.0f, epilogue);
-}
-
-template <typename W, int O>
-inline void tiles(const W* w, const float* x, float* y, int rows, int in, int out, const float* s, Epilogue e) {
-    int b = 0;
-    for (; b + 3 <= rows; b += 3) tile<W, O, 3>(w, x + size_t(b) * in, y + size_t(b) * out, in, out, s, e);
-    if (b + 2 == rows) tile<W, O, 2>(w, x + size_t(b) * in, y + size_t(b) * out, in, out, s, e);
-    if (b + 1 == rows) tile<W, O, 1>(w, x + size_t(b) * in, y + size_t(b) * out, in, out, s, e);
-}
-
-// Many rows: lanes are rows, so that no vector has to be summed up. What `tile` adds in lane c is added here in pass c,
-// and the passes as `sum` adds the lanes: the same bits.
-constexpr int kMany = 6;  // rows from which that is faster
-constexpr int kPassOutputs = kWide == 16 ? 8 : 4, kPassVectors = 2, kPassRows = kPassVectors * kWide;
-
-// Of x (rows, in), as (lane, in / kLanes, V * kWide).
-void transpose(const float* x, float* to, int rows, int in, int padded) {
-    for (int c = 0; c < kLanes; c++)
-        for (int i = c; i < in; i += kLanes, to += padded) {
-            for (int b = 0; b < rows; b++) to[b] = x[size_t(b) * in + i];
-            for (int b = rows; b < padded; b++) to[b] = 0;
-        }
-}
-
-inline const float* widened(const float* from, float*, int) { return from; }
-template <typename W>
-const float* widened(const W* from, float* to, int count) {
-    for (int i = 0; i < count; i += kLanes) store(to + i, load(from + i));
-    return to;
-}
-
-template <int V>
-inline void passes(const float* w, const float* xt, float* y, int rows, int in, int out, const float* scale, Epilogue e) {
-    constexpr int O = kPassOutputs;
-    Wide parts[kLanes][O][V];
-    for (int c = 0; c < kLanes; c++) {
-        Wide acc[O][V] = {};
-        for (int i = c; i < in; i += kLanes, xt += V * kWide) {
-            Wide v[V];
-            for (int j = 0; j < V; j++) v[j] = load_wide(xt + j * kWide);
-            for (int o = 0; o < O; o++)
-                for (int j = 0; j < V; j++) acc[o][j] += w[size_t(o) * in + i] * v[j];
-        }
-        std::memcpy(parts[c], acc, sizeof(acc));
-    }
-    auto at = [&](int c, int o, int j) { return parts[c][o][j]; };
-    for (int o = 0; o < O; o++)
-        for (int j = 0; j < V; j++) {
-            Wide total = ((at(0, o, j) + at(4, o, j)) + (at(2, o, j) + at(6, o, j))) +
-                         ((at(1, o, j) + at(5, o, j)) + (at(3, o, j) + at(7, o, j)));
-            for (int b = j * kWide; b < std::min(rows, (j + 1) * kWide); b++)
-                put(y + size_t(b) * out + o, total[b - j * kWide], scale ? scale[o] : 1.0f, e);
-        }
-}
-
-// Outputs first to last of y (rows, out) = x (rows, in) m^T. O is 8 for one row, where additions would otherwise wait
-// for each other, and 4 for several, which is what the registers hold.
-template <typename W>
-void product(const Matrix& m, const float* x, float* y, int rows, int first, int last, Epilogue e) {
-    const W* w = static_cast<const W*>(m.data);
-    auto scale = [&](int o) { return m.scale ? m.scale + o : nullptr; };
-    int o = first;
-    if (rows == 1)
-        for (; o + 8 <= last; o += 8) tile<W, 8, 1>(w + size_t(o) * m.in, x, y + o, m.in, m.out, scale(o), e);
-    for (; o + 4 <= last; o += 4) tiles<W, 4>(w + size_t(o) * m.in, x, y + o, rows, m.in, m.out, scale(o), e);
-    for (; o < last; o++) tiles<W, 1>(w + size_t(o) * m.in, x, y + o, rows, m.in, m.out, scale(o), e);
-}
-
-// The same for many rows. scratch: kPassRows + kPassOutputs times m.in floats.
-template <typename W>
-void product_of_many(const Matrix& m, const float* x, float* y, int rows, int first, int last, Epilogue e, float* scratch) {
-    const W* w = static_cast<const W*>(m.data);
-    int whole = first + (last - first) / kPassOutputs * kPassOutputs;
-    for (int b = 0; b < rows; b += kPassRows) {
-        int part = std::min(rows - b, kPassRows), padded = part > kWide ? kPassRows : kWide;
-        transpose(x + size_t(b) * m.in, scratch, part, m.in, padded);
-        for (int o = first; o < whole; o += kPassOutputs) {
-            float *wide = scratch + size_t(kPassRows) * m.in, *to = y + size_t(b) * m.out + o;
-            const float *panel = widened(w + size_t(o) * m.in, wide, kPassOutputs * m.in), *scale = m.scale ? m.scale + o : nullptr;
-            if (padded == kWide) passes<1>(panel, scratch, to, part, m.in, m.out, scale, e);
-            else passes<kPassVectors>(panel, scratch, to, part, m.in, m.out, scale, e);
-        }
-    }
-    product<W>(m, x, y, rows, whole, last, e);
-}
-
-template <typename W>
-void multiply_by(const Matrix& m, const float* x, float* y, int rows, int first, int last, Epilogue e, float* scratch) {
-    if (rows < kMany) product<W>(m, x, y, rows, first, last, e);
-    else product_of_many<W>(m, x, y, rows, first, last, e, scratch);
-}
-
-void multiply(const Matrix& m, const float* x, float* y, int rows, int thread, int threads, Epilogue e, float* scratch) {
-    int blocks = (m.out + kLanes - 1) / kLanes;
-    int first = std::min(m.out, blocks * thread / threads * kLanes);
-    int last = std::min(m.out, blocks * (thread + 1) / threads * kLanes);
-    if (m.type == kFloat) multiply_by<float>(m, x, y, rows, first, last, e, scratch);
-    else if (m.type == kBfloat) multiply_by<bf16>(m, x, y, rows, first, last, e, scratch);
-    else multiply_by<int8_t>(m, x, y, rows, first, last, e, scratch);
-}
-
-float element(const Matrix& m, int64_t row, int i) {
-    int64_t at = row * m.in + i;
-    float scale = m.scale ? m.scale[row] : 1.0f;
-    if (m.type == kFloat) return static_cast<const float*>(m.data)[at];
-    if (m.type == kBfloat) return to_float(static_cast<const bf16*>(m.data)[at]);
-    return scale * static_cast<const int8_t*>(m.data)[at];
-}
 
 void norm(const float* x, float* y, int size) {
     Vec squares = {};
@@ -240,65 +66,101 @@ void turn(const Network& n, float* head, int position) {
     for (int i = 0; i < n.head_size; i++) head[i] *= n.qk_scale;
 }
 
-// One query head over the keys that its row sees, from position `first` on. scores has room for all of them.
+// y += the values of eight positions (N vectors each) times their weights.
+template <int N, typename C>
+inline void weigh(const C* const* values, int offset, const float* weights, float* y) {
+    Vec acc[N];
+    for (int c = 0; c < N; c++) acc[c] = load(y + c * kLanes);
+    for (int j = 0; j < kLanes; j++)
+        for (int c = 0; c < N; c++) acc[c] += load(values[j] + offset + c * kLanes) * weights[j];
+    for (int c = 0; c < N; c++) store(y + c * kLanes, acc[c]);
+}
+
+// Query heads of key heads begin to end of one row, over `count` positions from `first` on, eight at a time. q and y
+// are the row's; scores has room for all heads times all positions.
 template <typename C>
-void attend(const Network& n, const Layer& l, const float* q, float* y, int row, int kv_head, int first, int count,
+void attend(const Network& n, const Layer& l, const float* q, float* y, int row, int begin, int end, int first, int count,
             float* scores) {
-    int size = n.head_size, step = n.kv_heads * size;
-    const C* keys = static_cast<const C*>(l.keys) + row * l.row_stride + kv_head * size;
-    const C* values = static_cast<const C*>(l.values) + row * l.row_stride + kv_head * size;
-    float scale = 1.0f / std::sqrt(float(size)), most = -INFINITY;
-    auto slot = [&](int i) { return size_t(l.ring ? (first + i) % l.ring : first + i) * step; };
-    for (int i = 0; i < count; i++) {
-        const C* key = keys + slot(i);
-        Vec a = {}, b = {};
-        int d = 0;
-        for (; d + 2 * kLanes <= size; d += 2 * kLanes) {
-            a += load(q + d) * load(key + d);
-            b += load(q + d + kLanes) * load(key + d + kLanes);
+    int size = n.head_size, group = n.heads / n.kv_heads, padded = (count + kLanes - 1) / kLanes * kLanes;
+    float scale = 1.0f / std::sqrt(float(size));
+    const C* eight[kLanes];
+    auto find = [&](void* all, int i) {  // beyond the last position, that again
+        for (int j = 0; j < kLanes; j++) {
+            int at = first + std::min(i + j, count - 1);
+            eight[j] = static_cast<const C*>(all) + row * l.row_stride + size_t(l.ring ? at % l.ring : at) * n.kv_heads * size;
         }
-        if (d < size) a += load(q + d) * load(key + d);
-        scores[i] = sum(a + b) * scale;
-        most = std::max(most, scores[i]);
+    };
+    for (int i = 0; i < padded; i += kLanes) {
+        find(l.keys, i);
+        for (int head = begin * group; head < end * group; head++) {
+            int offset = head / group * size;
+            Vec acc[kLanes] = {};
+            for (int d = 0; d < size; d += kLanes) {
+                Vec query = load(q + head * size + d);
+                for (int j = 0; j < kLanes; j++) acc[j] += query * load(eight[j] + offset + d);
+            }
+            store(scores + size_t(head) * padded + i, sums(acc) * scale);
+        }
     }
-    int padded = (count + kLanes - 1) / kLanes * kLanes;
-    for (int i = count; i < padded; i++) scores[i] = -INFINITY;
-    for (int i = 0; i < padded; i += kLanes) store(scores + i, exp(load(scores + i) - most));
-    float total = 0;
-    for (int i = 0; i < count; i++) total += scores[i];
-    for (int d = 0; d < size; d += kLanes) {
-        Vec acc = {};
-        for (int i = 0; i < count; i++) acc += load(values + slot(i) + d) * scores[i];
-        store(y + d, acc * (1.0f / total));
+    for (int head = begin * group; head < end * group; head++) {
+        float *own = scores + size_t(head) * padded, most = -INFINITY;
+        for (int i = count; i < padded; i++) own[i] = -INFINITY;
+        for (int i = 0; i < count; i++) most = std::max(most, own[i]);
+        Vec total = {};
+        for (int i = 0; i < padded; i += kLanes) {
+            Vec weight = exp(load(own + i) - most);
+            total += weight;
+            store(own + i, weight);
+        }
+        float factor = 1.0f / sum(total);
+        for (int i = 0; i < padded; i += kLanes) store(own + i, load(own + i) * factor);
+        std::memset(y + head * size, 0, 4 * size);
+    }
+    for (int i = 0; i < padded; i += kLanes) {
+        find(l.values, i);
+        for (int head = begin * group; head < end * group; head++) {
+            int offset = head / group * size;
+            const float* weights = scores + size_t(head) * padded + i;
+            float* to = y + head * size;
+            for (int d = 0; d < size;) {
+                int left = (size - d) / kLanes;
+                if (left >= 8) weigh<8>(eight, offset + d, weights, to + d), d += 8 * kLanes;
+                else if (left >= 4) weigh<4>(eight, offset + d, weights, to + d), d += 4 * kLanes;
+                else weigh<1>(eight, offset + d, weights, to + d), d += kLanes;
+            }
+        }
     }
 }
 
+// Threads share the rows, or where there are fewer, the key heads.
 template <typename C>
 void attention(const Network& n, const Layer& l, float* q, float* k, float* v, float* y, const float* x,
                const int64_t* ids, const int32_t* positions, int rows, int thread, int threads, float* scores) {
     int group = n.heads / n.kv_heads, size = n.head_size;
-    int work = rows * n.kv_heads;
+    int parts = rows < threads ? n.kv_heads : 1, heads = n.kv_heads / parts;
+    int work = rows * parts;
     for (int item = work * thread / threads; item < work * (thread + 1) / threads; item++) {
-        int row = item / n.kv_heads, h = item % n.kv_heads, position = positions[row];
-        float* key = k + size_t(item) * size;
-        float* value = v + size_t(item) * size;
-        if (l.value_table.data) {
-            float g = n.gate_scale * gate(l.value_gate, h, x + size_t(row) * n.width, n.gate_channels);
-            for (int i = 0; i < size; i++) value[i] += g * element(l.value_table, ids[row], h * size + i);
-        }
-        turn(n, key, position);
-        int64_t slot = l.ring ? position % l.ring : position;
-        int64_t at = row * l.row_stride + (slot * n.kv_heads + h) * size;
-        for (int i = 0; i < size; i++) {
-            put(static_cast<C*>(l.keys) + at + i, key[i]);
-            put(static_cast<C*>(l.values) + at + i, value[i]);
+        int row = item / parts, begin = item % parts * heads, position = positions[row];
+        float* queries = q + size_t(row) * n.heads * size;
+        for (int h = begin; h < begin + heads; h++) {
+            float* key = k + (size_t(row) * n.kv_heads + h) * size;
+            float* value = v + (size_t(row) * n.kv_heads + h) * size;
+            if (l.value_table.data) {
+                float g = n.gate_scale * gate(l.value_gate, h, x + size_t(row) * n.width, n.gate_channels);
+                for (int i = 0; i < size; i++) value[i] += g * element(l.value_table, ids[row], h * size + i);
+            }
+            turn(n, key, position);
+            int64_t slot = l.ring ? position % l.ring : position;
+            int64_t at = row * l.row_stride + (slot * n.kv_heads + h) * size;
+            for (int i = 0; i < size; i++) {
+                put(static_cast<C*>(l.keys) + at + i, key[i]);
+                put(static_cast<C*>(l.values) + at + i, value[i]);
+            }
+            for (int head = h * group; head < (h + 1) * group; head++) turn(n, queries + head * size, position);
         }
         int first = std::max(0, position - l.window);
-        for (int head = h * group; head < (h + 1) * group; head++) {
-            float* query = q + (size_t(row) * n.heads + head) * size;
-            turn(n, query, position);
-            attend<C>(n, l, query, y + (size_t(row) * n.heads + head) * size, row, h, first, position + 1 - first, scores);
-        }
+        attend<C>(n, l, queries, y + size_t(row) * n.heads * size, row, begin, begin + heads, first,
+                  position + 1 - first, scores);
     }
 }
 
@@ -329,7 +191,7 @@ void run(const Network& n, int rows, const int64_t* ids, const int32_t* position
          int longest, int thread, int threads) {
     int size = n.width;
     int begin = rows * thread / threads, end = rows * (thread + 1) / threads;
-    float* scores = m.scores + size_t(thread) * longest;
+    float* scores = m.scores + size_t(thread) * n.heads * longest;
     float* wide = m.wide + size_t(thread) * wide_floats(n);
     auto wait = [&] {
         if (threads > 1) {
@@ -375,15 +237,12 @@ void run(const Network& n, int rows, const int64_t* ids, const int32_t* position
     wait();
     multiply(n.head, m.normed, logits, rows, thread, threads, kStore, wide);
     wait();
-    int64_t blocks = int64_t(rows) * n.vocab / kLanes, rest = blocks * kLanes;
+    int64_t blocks = int64_t(rows) * n.vocab / kLanes;
     for (int64_t i = blocks * thread / threads * kLanes; i < blocks * (thread + 1) / threads * kLanes; i += kLanes) {
         // tanh(y) = 1 - 2 / (e^2y + 1)
         Vec e = exp(load(logits + i) * (2.0f / n.softcap));
         store(logits + i, n.softcap - 2.0f * n.softcap / (e + 1.0f));
     }
-    if (thread == 0)
-        for (int64_t i = rest; i < int64_t(rows) * n.vocab; i++)
-            logits[i] = n.softcap * std::tanh(logits[i] / n.softcap);
 }
 
 }  // namespace
@@ -391,7 +250,7 @@ void run(const Network& n, int rows, const int64_t* ids, const int32_t* position
 // Bytes of scratch memory that `decode` needs; longest is the largest position plus one.
 extern "C" int64_t decode_scratch(const Network* n, int32_t rows, int32_t longest, int32_t threads) {
     int64_t kv = n->kv_heads * n->head_size;
-    return 4 * (int64_t(rows) * (6 * n->width + 2 * kv + n->hidden) + threads * (longest + kLanes + wide_floats(*n)));
+    return 4 * (int64_t(rows) * (6 * n->width + 2 * kv + n->hidden) + threads * (int64_t(n->heads) * (longest + kLanes) + wide_floats(*n)));
 }
 
 // Adds the tokens ids (rows) at positions (rows) to the rows of the cache; logits (rows, vocab) after each.
@@ -404,7 +263,7 @@ extern "C" void decode(const Network* n, int32_t rows, const int64_t* ids, const
     m.k = take(n->kv_heads * n->head_size), m.v = take(n->kv_heads * n->head_size);
     longest += kLanes;
     m.scores = scratch;
-    m.wide = scratch + int64_t(threads) * longest;
+    m.wide = scratch + int64_t(threads) * n->heads * longest;
     auto work = [&](int thread) {
         if (n->cache_type == kFloat) run<float>(*n, rows, ids, positions, logits, m, longest, thread, threads);
         else run<bf16>(*n, rows, ids, positions, logits, m, longest, thread, threads);

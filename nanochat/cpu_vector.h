@@ -20,6 +20,36 @@ inline float sum(Vec v) {
     return ((p[0] + p[4]) + (p[2] + p[6])) + ((p[1] + p[5]) + (p[3] + p[7]));
 }
 
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, VecInt{__VA_ARGS__})
+#endif
+
+// Eight vectors as the columns of a square become its rows.
+inline void transpose(Vec* v) {
+    Vec t[kLanes], u[kLanes];
+    for (int i = 0; i < kLanes; i += 2) {
+        t[i] = SHUFFLE(v[i], v[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        t[i + 1] = SHUFFLE(v[i], v[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    for (int i = 0; i < kLanes; i += 4)
+        for (int j = 0; j < 2; j++) {
+            u[i + 2 * j] = SHUFFLE(t[i + j], t[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+            u[i + 2 * j + 1] = SHUFFLE(t[i + j], t[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+    for (int i = 0; i < 4; i++) {
+        v[i] = SHUFFLE(u[i], u[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        v[i + 4] = SHUFFLE(u[i], u[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+}
+
+// What `sum` gives for each of eight vectors. They are transposed in place.
+inline Vec sums(Vec* v) {
+    transpose(v);
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
 // e^x by a polynomial on [-ln2/2, ln2/2], to about one unit in the last place; below -87 it is e^-87.
 inline Vec exp(Vec x) {
     x = x < -87.0f ? splat(-87.0f) : x;
