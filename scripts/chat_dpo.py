@@ -38,6 +38,8 @@ class Config(PolicyConfig):
     val_data: str = option("", "JSONL file of held-out pairs; needed with --data")
     max_pairs: int = option(-1, "train on the first pairs only; -1: all")
     max_val_pairs: int = option(400, "held-out pairs per validation; -1: all")
+    # At five times this the margin grows further, and the rest of what the model can do is lost (LOG 2026-11-26).
+    init_lr_frac: float = option(0.01, "all learning rates are multiplied by this")
     beta: float = option(0.1, "how dear departing from the source model is")
     num_iterations: int = option(-1, "optimizer steps; -1: from --num-epochs")
     num_epochs: int = option(1, "passes over the pairs")
