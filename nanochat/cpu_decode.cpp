@@ -114,6 +114,7 @@ void attend(const Network& n, const Layer& l, const float* q, float* y, int row,
         }
         float factor = 1.0f / sum(total);
         for (int i = 0; i < padded; i += kLanes) store(own + i, load(own + i) * factor);
+        std::fill(own + count, own + padded, 0.0f);  // not e^-87 times that: denormal numbers are slow
         std::memset(y + head * size, 0, 4 * size);
     }
     for (int i = 0; i < padded; i += kLanes) {
