@@ -94,7 +94,7 @@ inline void tiles(const W* w, const float* x, float* y, int rows, int in, int ou
 }
 
 // Many rows: lanes are rows, so that no vector has to be summed up. What `tile` adds in lane c is added here in pass c,
-// and the passes as `sum` adds the lanes: the same bits.
+// and the passes in the order in which `sum` adds the lanes: the same bits.
 constexpr int kMany = kWide == 16 ? 12 : 8;  // rows from which that is faster
 constexpr int kPassOutputs = 8, kPassVectors = kWide == 16 ? 2 : 1, kPassRows = kPassVectors * kWide;
 
@@ -131,11 +131,9 @@ inline void passes(const float* w, const float* xt, float* y, int rows, int in, 
         std::memcpy(parts[c], acc, sizeof(acc));
     }
     float totals[O][V * kWide];
-    auto at = [&](int c, int o, int j) { return parts[c][o][j]; };
     for (int o = 0; o < O; o++)
         for (int j = 0; j < V; j++) {
-            Wide total = ((at(0, o, j) + at(4, o, j)) + (at(2, o, j) + at(6, o, j))) +
-                         ((at(1, o, j) + at(5, o, j)) + (at(3, o, j) + at(7, o, j)));
+            Wide total = total_of([&](int c) { return parts[c][o][j]; });
             std::memcpy(&totals[o][j * kWide], &total, sizeof(total));
         }
     for (int b = 0; b < rows; b += kLanes) {

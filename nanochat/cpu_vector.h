@@ -14,10 +14,17 @@ typedef int32_t VecInt __attribute__((vector_size(32)));
 inline Vec load(const float* p) { Vec v; std::memcpy(&v, p, 32); return v; }
 inline void store(float* p, Vec v) { std::memcpy(p, &v, 32); }
 inline Vec splat(float x) { return Vec{} + x; }
+
+// at(0) + ... + at(7), always in the same order: whatever adds up lanes does it here.
+template <typename F>
+inline auto total_of(F at) {
+    return ((at(0) + at(4)) + (at(2) + at(6))) + ((at(1) + at(5)) + (at(3) + at(7)));
+}
+
 inline float sum(Vec v) {
     float p[kLanes];
     std::memcpy(p, &v, 32);
-    return ((p[0] + p[4]) + (p[2] + p[6])) + ((p[1] + p[5]) + (p[3] + p[7]));
+    return total_of([&](int i) { return p[i]; });
 }
 
 #ifdef __clang__
@@ -47,7 +54,7 @@ inline void transpose(Vec* v) {
 // What `sum` gives for each of eight vectors. They are transposed in place.
 inline Vec sums(Vec* v) {
     transpose(v);
-    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+    return total_of([&](int i) { return v[i]; });
 }
 
 // e^x by a polynomial on [-ln2/2, ln2/2], to about one unit in the last place; below -87 it is e^-87.

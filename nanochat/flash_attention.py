@@ -74,9 +74,8 @@ def _load_cpp() -> Attend:
     library()
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-        if (
-            not fits(q) or torch.compiler.is_compiling()
-        ):  # which fuses what is written out, and cannot see into ours
+        # Compiling fuses what is written out, and cannot see into ours.
+        if not fits(q) or torch.compiler.is_compiling():
             return _torch_attention(q, k, v, window)
         y = CpuAttention.apply(q, k, v, window)
         assert isinstance(y, torch.Tensor)

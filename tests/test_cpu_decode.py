@@ -95,7 +95,7 @@ def test_company_and_threads_change_no_bit(architecture, rows, kind):
     lengths = [1 + 5 * row % 17 for row in range(rows)]
     together, alone = prefilled(model, lengths), [prefilled(model, [length]) for length in lengths]
     step = decoder(model).step
-    for number in range(6):
+    for number in range(20):
         ids = tokens(rows, number)
         torch.set_num_threads(1 + number % 3)
         found = step(together, rows, ids)

@@ -83,15 +83,14 @@ def test_a_slip_is_in_the_last_calculation_and_what_follows_agrees_with_it():
 
 @pytest.mark.parametrize(
     "solution",
-    ["It is seven.\n#### 7", "Three and <<2+2=4>>4 are seven.\n#### 7", "<<7*0=0>>0 or\n#### 0"],
+    ["It is seven.\n#### 7", "Three and <<2+2=4>>4 are seven.\n#### 7", "<<0*0=0>>0 or\n#### 0"],
 )
 def test_where_no_calculation_gives_the_end_only_that_changes(solution):
     parts = solution_parts(solution)
     wrong = slip(parts, random.Random(0))
     right, found = (extract_answer(each[-1]["text"]) for each in (parts, wrong))
     assert found is not None and found != right
-    if "*" not in solution:
-        assert wrong[:-1] == parts[:-1]
+    assert wrong[:-1] == parts[:-1]
 
 
 def test_every_slipped_solution_of_the_world_is_wrong_and_repeatable(tiny_run):
