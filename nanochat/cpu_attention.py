@@ -32,28 +32,53 @@ def library() -> ctypes.CDLL:
     found = load_library("cpu_attention")
     if found is None:
         raise RuntimeError("no C++ compiler, or NANOCHAT_KERNELS=off")
+    _forward.register_autograd(_gradient, setup_context=_remember)
     return found
 
 
-class CpuAttention(torch.autograd.Function):
+def attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """(q (B, T, H, D), k, v (B, T, Hkv, D), window) -> as q. All fp32; a window below 0 is unlimited."""
+    y, _ = _forward(q.contiguous(), k.contiguous(), v.contiguous(), window)
+    return y
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        y, sums = torch.empty_like(q), q.new_empty(q.size(0), q.size(2), q.size(1))
-        _call(library().attention_forward, _sizes(q, k, window), q, k, v, y, sums)
-        ctx.save_for_backward(q, k, v, y, sums)
-        ctx.window = window
-        return y
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, y, sums = ctx.saved_tensors
-        grads = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        sizes, (grad,) = _sizes(q, k, ctx.window), gradients
-        _call(library().attention_backward, sizes, q, k, v, y, sums, grad.contiguous(), *grads)
-        return *grads, None
+# Operators of torch rather than an autograd.Function, so that a compiled step can call them without breaking up.
+@torch.library.custom_op("nanochat::cpu_attention", mutates_args=())
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    y, sums = torch.empty_like(q), q.new_empty(q.size(0), q.size(2), q.size(1))
+    _call(library().attention_forward, _sizes(q, k, window), q, k, v, y, sums)
+    return y, sums
+
+
+@torch.library.custom_op("nanochat::cpu_attention_backward", mutates_args=())
+def _backward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor, sums: torch.Tensor, grad: torch.Tensor,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    _call(library().attention_backward, _sizes(q, k, window), q, k, v, y, sums, grad, *grads)
+    return grads
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.size(0), q.size(2), q.size(1))
+
+
+@_backward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.window = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_backward(*ctx.saved_tensors, grad.contiguous(), ctx.window), None
 
 
 def _call(function: Any, sizes: _Sizes, *tensors: Tensor) -> None:

@@ -57,23 +57,6 @@ inline Vec sums(Vec* v) {
     return total_of([&](int i) { return v[i]; });
 }
 
-// e^x by a polynomial on [-ln2/2, ln2/2], to about one unit in the last place; below -87 it is e^-87.
-inline Vec exp(Vec x) {
-    x = x < -87.0f ? splat(-87.0f) : x;
-    x = x > 88.0f ? splat(88.0f) : x;
-    Vec shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
-    Vec n = shifted - 12582912.0f;
-    Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    Vec p = splat(1.9875691500e-4f);
-    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-        p = p * r + c;
-    p = p * r * r + r + 1.0f;
-    VecInt power = (__builtin_convertvector(n, VecInt) + 127) << 23;
-    Vec scale;
-    std::memcpy(&scale, &power, 32);
-    return p * scale;
-}
-
 // As many floats as a register holds.
 #ifdef __AVX512F__
 constexpr int kWide = 16;
@@ -83,5 +66,30 @@ constexpr int kWide = 8;
 typedef float Wide __attribute__((vector_size(4 * kWide)));
 
 inline Wide load_wide(const float* p) { Wide v; std::memcpy(&v, p, 4 * kWide); return v; }
+
+// e^x by a polynomial on [-ln2/2, ln2/2], to about one unit in the last place; below -87 it is e^-87.
+template <typename V>
+inline V exp(V x) {
+    constexpr V zero = {};
+    x = x < -87.0f ? zero - 87.0f : x;
+    x = x > 88.0f ? zero + 88.0f : x;
+    V shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
+    V n = shifted - 12582912.0f;
+    V r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    V p = zero + 1.9875691500e-4f;
+    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+        p = p * r + c;
+    p = p * r * r + r + 1.0f;
+    auto power = (__builtin_convertvector(n, decltype(x < x)) + 127) << 23;
+    V scale;
+    std::memcpy(&scale, &power, sizeof(V));
+    return p * scale;
+}
+
+// The same, but 0 where products with it would be denormal numbers, which are slow.
+template <typename V>
+inline V exp_or_zero(V x) {
+    return x < -80.0f ? V{} : exp(x);
+}
 
 }  // namespace

@@ -69,17 +69,12 @@ def _visible(length: int, window: int, device: torch.device) -> torch.Tensor:
 
 
 def _load_cpp() -> Attend:
-    from nanochat.cpu_attention import CpuAttention, fits, library
+    from nanochat.cpu_attention import attention, fits, library
 
     library()
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-        # Compiling fuses what is written out, and cannot see into ours.
-        if not fits(q) or torch.compiler.is_compiling():
-            return _torch_attention(q, k, v, window)
-        y = CpuAttention.apply(q, k, v, window)
-        assert isinstance(y, torch.Tensor)
-        return y
+        return attention(q, k, v, window) if fits(q) else _torch_attention(q, k, v, window)
 
     return attend
 

@@ -174,11 +174,13 @@ class Attention(nn.Module):
         q, k = (norm(rotate(h, context.cos, context.sin)) for h in (q, k))
         if self.qk_scale != 1:
             q, k = q * self.qk_scale, k * self.qk_scale
-        if context.cache is None or context.chunk is None:
+        chunk, keys, values = context.chunk, k, v
+        if context.cache is not None and chunk is not None:
+            keys, values = context.cache.insert(self.layer, chunk, k, v)
+        if chunk is None or not any(chunk.start):  # padding is at the end, where no real position sees it
             y = causal_attention(q, k, v, self.window)
         else:
-            keys, values = context.cache.insert(self.layer, context.chunk, k, v)
-            y = cached_attention(q, keys, values, context.chunk.mask(self.window))
+            y = cached_attention(q, keys, values, chunk.mask(self.window))
         return self.c_proj(y.reshape(B, T, C))
 
 

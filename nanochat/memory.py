@@ -113,7 +113,7 @@ def _compiled_layer(shape: Shape, setting: Setting) -> float:
 
 
 def _probabilities(shape: Shape, setting: Setting) -> float:
-    if setting.on_gpu or (setting.compute_bytes == 4 and not setting.compiled and find_compiler()):
+    if setting.on_gpu or (setting.compute_bytes == 4 and find_compiler()):
         return 0  # kernels make them again
     return shape.num_heads * shape.sequence_len if shape.sequence_len <= CPU_MATERIALISE_UP_TO else 0
 
