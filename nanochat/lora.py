@@ -1,9 +1,10 @@
 """LoRA: train small matrices beside frozen weights. [Hu et al. 2021, arXiv 2106.09685]
 
-A matrix W (O, I) of the blocks becomes W + (alpha / rank) B A with A (rank, I) and B (O, rank); only A and B learn,
-and B starts at zero, so that training starts from the source model. Everyone else sees an ordinary model: its
-state_dict() is merged, so checkpoints hold plain weights, which every script loads. What resuming needs besides the
-source, A and B themselves, is part of the optimizer's state.
+A matrix W (O, I) becomes W + (alpha / rank) B A with A (rank, I) and B (O, rank); only A and B learn, and B starts
+at zero, so that training starts from the source model. The tables have adapters like the matrices of the blocks: a
+base model has never seen the special tokens of a chat. Everyone else sees an ordinary model: its state_dict() is
+merged, so checkpoints hold plain weights, which every script loads. What resuming needs besides the source, A and B
+themselves, is part of the optimizer's state.
 """
 
 from __future__ import annotations
@@ -23,64 +24,76 @@ if TYPE_CHECKING:
     from nanochat.gpt import GPT
 
 
-class Adapter(nn.Module):
-    """A frozen linear layer and what is learned beside it. base: Linear or Float8Linear, without bias."""
+Layer = nn.Linear | nn.Embedding
 
-    def __init__(self, base: nn.Linear, rank: int, scale: float, generator: torch.Generator) -> None:
+
+class Adapter(nn.Module):
+    """A frozen layer and what is learned beside it. base: Linear or Float8Linear, without bias, or a table."""
+
+    def __init__(self, base: Layer, rank: int, scale: float, generator: torch.Generator) -> None:
         super().__init__()
         self.base, self.scale = base.requires_grad_(False), scale
-        device = base.weight.device
-        down = torch.randn(rank, base.in_features, generator=generator) / base.in_features**0.5
+        (outputs, inputs), device = base.weight.shape, base.weight.device
+        down = torch.randn(rank, inputs, generator=generator) / inputs**0.5
         self.down = nn.Parameter(down.to(device))
-        self.up = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        self.up = nn.Parameter(torch.zeros(outputs, rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.scale * F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        y = self.base(x)
+        down, up = self.down.to(y.dtype), self.up.to(y.dtype)
+        if isinstance(self.base, nn.Embedding):
+            return y + self.scale * (F.embedding(x, up) @ down)
+        return y + self.scale * F.linear(F.linear(x, down), up)
 
-    @torch.no_grad()
-    def merged(self) -> Tensor:
-        """The weight (O, I) that computes the same without the adapter."""
-        weight = self.base.weight
-        return (weight.float() + self.scale * (self.up @ self.down)).to(weight.dtype)
+    @property
+    def weight(self) -> Tensor:
+        """The weight (O, I) that computes the same without the adapter; gradients reach the adapter."""
+        return (self.base.weight.float() + self.scale * (self.up @ self.down)).to(self.base.weight.dtype)
 
     def state_dict(
         self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> Any:
-        """That of the merged linear layer, under its name."""
+        """That of the merged layer, under its name."""
         destination = {} if destination is None else destination
-        destination[f"{prefix}weight"] = self.merged()
+        destination[f"{prefix}weight"] = self.weight.detach()
         return destination
 
 
 def add_adapters(model: GPT, rank: int, alpha: float) -> dict[str, Adapter]:
-    """Freeze a model and put adapters beside the matrices of its blocks, in place; returns them by name.
+    """Freeze a model and put adapters beside its tables, its head and the matrices of its blocks, in place.
 
-    Matrices with no more elements than their adapter would have stay as they are. Call it after the weights are set,
-    and before compiling. Raises UserError if that leaves nothing to train.
+    Returns them by name, once where input table and head are one. Matrices with no more elements than their adapter
+    would have stay as they are. Call it after the weights are set, and before compiling. Raises UserError if that
+    leaves nothing to train.
     """
     if rank < 1 or alpha <= 0:
         raise UserError(f"--lora-rank={rank} and --lora-alpha={alpha} must be positive")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(0)  # all ranks draw alike
-    found = [
-        (name, module) for name, module in model.transformer.named_modules() if isinstance(module, nn.Linear)
-    ]
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, Layer)]
     adapters = {}
-    for name, linear in found:
-        if rank * (linear.in_features + linear.out_features) < linear.weight.numel():
+    for name, layer in found:
+        if rank * sum(layer.weight.shape) < layer.weight.numel():
+            adapters[name] = Adapter(layer, rank, alpha / rank, generator)
             parent, _, own = name.rpartition(".")
-            adapters[name] = Adapter(linear, rank, alpha / rank, generator)
-            setattr(model.transformer.get_submodule(parent), own, adapters[name])
+            setattr(model.get_submodule(parent), own, adapters[name])
     if not adapters:
         raise UserError(f"--lora-rank={rank} is as large as the matrices; use a smaller one")
+    if model.config.tie_embeddings and "lm_head" in adapters:
+        head, table = adapters.pop("lm_head"), adapters["transformer.wte"]
+        head.down, head.up = table.down, table.up
     return adapters
 
 
 def merge_adapters(model: GPT) -> None:
     """Turn a model with adapters into a plain one that computes the same, in place; others stay as they are."""
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, Adapter)]
+    merged = {
+        adapter.base.weight: adapter.weight.detach() for _, adapter in found
+    }  # once, where layers share one
+    for weight, value in merged.items():
+        weight.data = value
     for name, adapter in found:
-        adapter.base.weight.data = adapter.merged()
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, adapter.base)
 
