@@ -1,10 +1,11 @@
-// One decode step of the network on a processor: B rows, one new token each, as a single function.
+// One step of the network on a processor, as a single function: new tokens of some rows, one each or a stretch of a prompt.
 //
 // PyTorch spends some 5 us on each of the 40 operations of a layer, more than the arithmetic of a small model
 // takes. Here all of them happen between a few barriers. Activations are fp32; matrices are fp32, bf16 or int8
 // with a factor per output; keys and values are fp32 or bf16. The order of additions behind a number depends only on
-// the row, so that a row's result has the same bits in any company and with any number of threads.
-// Compiled once per machine by cpu_decode.py, which describes the structs with ctypes: change both together.
+// the row's tokens, so that a row's result has the same bits in any company, with any number of threads, and whether its
+// tokens come one by one or together. Compiled once per machine by cpu_decode.py, which describes the structs with
+// ctypes: change both together.
 
 #include <algorithm>
 #include <cmath>
@@ -24,6 +25,16 @@ struct Layer {
     int32_t window, ring;  // ring 0: position p is in slot p, else in slot p % ring
     void *keys, *values;   // (rows, slots, kv heads, head size)
     int64_t row_stride;    // elements from row to row
+};
+
+// What a step adds: `count` tokens, those of a row one behind the other in the order of their positions.
+struct Tokens {
+    int32_t count, rows;  // rows: of the cache that get tokens
+    const int64_t* ids;
+    const int32_t *owners, *positions;  // row of the cache
+
+    bool continues(int b) const { return b > 0 && owners[b] == owners[b - 1]; }
+    bool is_last(int b) const { return b + 1 == count || owners[b] != owners[b + 1]; }
 };
 
 struct Network {
@@ -133,51 +144,64 @@ void attend(const Network& n, const Layer& l, const float* q, float* y, int row,
     }
 }
 
-// Threads share the rows, or where there are fewer, the key heads.
+// Writes keys and values of a token's key heads to the cache, and turns the queries that look at them.
 template <typename C>
-void attention(const Network& n, const Layer& l, float* q, float* k, float* v, float* y, const float* x,
-               const int64_t* ids, const int32_t* positions, int rows, int thread, int threads, float* scores) {
+void insert(const Network& n, const Layer& l, float* q, float* k, float* v, const float* x, int64_t id, int row, int position,
+            int begin, int end) {
     int group = n.heads / n.kv_heads, size = n.head_size;
-    int parts = rows < threads ? n.kv_heads : 1, heads = n.kv_heads / parts;
-    int work = rows * parts;
-    for (int item = work * thread / threads; item < work * (thread + 1) / threads; item++) {
-        int row = item / parts, begin = item % parts * heads, position = positions[row];
-        float* queries = q + size_t(row) * n.heads * size;
-        for (int h = begin; h < begin + heads; h++) {
-            float* key = k + (size_t(row) * n.kv_heads + h) * size;
-            float* value = v + (size_t(row) * n.kv_heads + h) * size;
-            if (l.value_table.data) {
-                float g = n.gate_scale * gate(l.value_gate, h, x + size_t(row) * n.width, n.gate_channels);
-                for (int i = 0; i < size; i++) value[i] += g * element(l.value_table, ids[row], h * size + i);
-            }
-            turn(n, key, position);
-            int64_t slot = l.ring ? position % l.ring : position;
-            int64_t at = row * l.row_stride + (slot * n.kv_heads + h) * size;
-            for (int i = 0; i < size; i++) {
-                put(static_cast<C*>(l.keys) + at + i, key[i]);
-                put(static_cast<C*>(l.values) + at + i, value[i]);
-            }
-            for (int head = h * group; head < (h + 1) * group; head++) turn(n, queries + head * size, position);
+    int64_t slot = l.ring ? position % l.ring : position;
+    for (int h = begin; h < end; h++) {
+        float *key = k + h * size, *value = v + h * size;
+        if (l.value_table.data) {
+            float g = n.gate_scale * gate(l.value_gate, h, x, n.gate_channels);
+            for (int i = 0; i < size; i++) value[i] += g * element(l.value_table, id, h * size + i);
         }
-        int first = std::max(0, position - l.window);
-        attend<C>(n, l, queries, y + size_t(row) * n.heads * size, row, begin, begin + heads, first,
-                  position + 1 - first, scores);
+        turn(n, key, position);
+        int64_t at = row * l.row_stride + (slot * n.kv_heads + h) * size;
+        for (int i = 0; i < size; i++) {
+            put(static_cast<C*>(l.keys) + at + i, key[i]);
+            put(static_cast<C*>(l.values) + at + i, value[i]);
+        }
+        for (int head = h * group; head < (h + 1) * group; head++) turn(n, q + head * size, position);
+    }
+}
+
+// Threads share the tokens, or where there are fewer, the key heads. wait: for all threads.
+template <typename C, typename W>
+void attention(const Network& n, const Layer& l, const Tokens& t, float* q, float* k, float* v, float* y, const float* x,
+               int thread, int threads, float* scores, W wait) {
+    int size = n.head_size, parts = t.count < threads ? n.kv_heads : 1, heads = n.kv_heads / parts;
+    int first = t.count * parts * thread / threads, last = t.count * parts * (thread + 1) / threads;
+    for (int item = first; item < last; item++) {
+        int b = item / parts, begin = item % parts * heads;
+        int64_t kv = int64_t(b) * n.kv_heads * size;
+        insert<C>(n, l, q + int64_t(b) * n.heads * size, k + kv, v + kv, x + int64_t(b) * n.width, t.ids[b], t.owners[b],
+                  t.positions[b], begin, begin + heads);
+    }
+    if (t.count > t.rows) wait();  // tokens see those before them
+    for (int item = first; item < last; item++) {
+        int b = item / parts, begin = item % parts * heads, position = t.positions[b];
+        int64_t own = int64_t(b) * n.heads * size;
+        int start = std::max(0, position - l.window);
+        attend<C>(n, l, q + own, y + own, t.owners[b], begin, begin + heads, start, position + 1 - start, scores);
     }
 }
 
 // --- the step ------------------------------------------------------------------------------------------
 
-template <typename C>
-void embed(const Network& n, int row, int64_t id, float* x, float* scratch) {
+void embed(const Network& n, int64_t id, float* x, float* scratch) {
     for (int i = 0; i < n.width; i++) scratch[i] = element(n.table, id, i);
     norm(scratch, x, n.width);
-    if (!n.smear_gate.data) return;
-    C* previous = static_cast<C*>(n.previous) + size_t(row) * n.width;
-    float g = *n.smear * gate(n.smear_gate, 0, x, kSmearChannels);
+}
+
+// x = an embedding with a part of the one before, as the cache would keep that
+template <typename C>
+void smear(const Network& n, const float* embedding, const float* before, const C* kept, float* x) {
+    float g = *n.smear * gate(n.smear_gate, 0, embedding, kSmearChannels);
     for (int i = 0; i < n.width; i++) {
-        float before = to_float(previous[i]);
-        put(previous + i, x[i]);
-        x[i] += g * before;
+        C rounded;
+        if (before) put(&rounded, before[i]);
+        x[i] = embedding[i] + g * to_float(before ? rounded : kept[i]);
     }
 }
 
@@ -188,9 +212,8 @@ struct Buffers {
 int64_t wide_floats(const Network& n) { return int64_t(kPassRows + kPassOutputs) * std::max(n.width, n.hidden); }
 
 template <typename C>
-void run(const Network& n, int rows, const int64_t* ids, const int32_t* positions, float* logits, const Buffers& m,
-         int longest, int thread, int threads) {
-    int size = n.width;
+void run(const Network& n, const Tokens& t, float* logits, const Buffers& m, int longest, int thread, int threads) {
+    int size = n.width, rows = t.count;
     int begin = rows * thread / threads, end = rows * (thread + 1) / threads;
     float* scores = m.scores + size_t(thread) * n.heads * longest;
     float* wide = m.wide + size_t(thread) * wide_floats(n);
@@ -199,9 +222,23 @@ void run(const Network& n, int rows, const int64_t* ids, const int32_t* position
 #pragma omp barrier
         }
     };
-    for (int b = begin; b < end; b++) {
-        embed<C>(n, b, ids[b], m.x + size_t(b) * size, m.normed + size_t(b) * size);
-        std::memcpy(m.x0 + size_t(b) * size, m.x + size_t(b) * size, 4 * size);
+    for (int b = begin; b < end; b++) embed(n, t.ids[b], m.x0 + size_t(b) * size, m.x + size_t(b) * size);
+    if (n.smear_gate.data) {
+        C* previous = static_cast<C*>(n.previous);
+        wait();
+        for (int b = begin; b < end; b++) {
+            float* own = m.x0 + size_t(b) * size;
+            smear<C>(n, own, t.continues(b) ? own - size : nullptr, previous + size_t(t.owners[b]) * size, m.x + size_t(b) * size);
+        }
+        wait();
+        for (int b = begin; b < end; b++) {
+            float* own = m.x0 + size_t(b) * size;
+            if (t.is_last(b))
+                for (int i = 0; i < size; i++) put(previous + size_t(t.owners[b]) * size + i, own[i]);
+            std::memcpy(own, m.x + size_t(b) * size, 4 * size);
+        }
+    } else {
+        std::memcpy(m.x + size_t(begin) * size, m.x0 + size_t(begin) * size, 4 * size_t(end - begin) * size);
     }
     for (int i = 0; i < n.num_layers; i++) {
         const Layer& l = n.layers[i];
@@ -216,7 +253,7 @@ void run(const Network& n, int rows, const int64_t* ids, const int32_t* position
         multiply(l.k, m.normed, m.k, rows, thread, threads, kStore, wide);
         multiply(l.v, m.normed, m.v, rows, thread, threads, kStore, wide);
         wait();
-        attention<C>(n, l, m.q, m.k, m.v, m.y, m.normed, ids, positions, rows, thread, threads, scores);
+        attention<C>(n, l, t, m.q, m.k, m.v, m.y, m.normed, thread, threads, scores, wait);
         wait();
         multiply(l.o, m.y, m.x, rows, thread, threads, kAdd, wide);
         wait();
@@ -229,16 +266,20 @@ void run(const Network& n, int rows, const int64_t* ids, const int32_t* position
         if (n.backout && i == n.num_layers / 2)
             for (int b = begin; b < end; b++) std::memcpy(m.middle + size_t(b) * size, m.x + size_t(b) * size, 4 * size);
     }
-    for (int b = begin; b < end; b++) {
-        float *x = m.x + size_t(b) * size, *middle = m.middle + size_t(b) * size;
-        if (n.backout)
-            for (int c = 0; c < size; c++) x[c] -= *n.backout * middle[c];
-        norm(x, m.normed + size_t(b) * size, size);
+    for (int b = 0, row = 0; b < rows; b++) {  // the last token of each row says what comes next
+        if (!t.is_last(b)) continue;
+        if (b >= begin && b < end) {
+            float *x = m.x + size_t(b) * size, *middle = m.middle + size_t(b) * size;
+            if (n.backout)
+                for (int c = 0; c < size; c++) x[c] -= *n.backout * middle[c];
+            norm(x, m.normed + size_t(row) * size, size);
+        }
+        row++;
     }
     wait();
-    multiply(n.head, m.normed, logits, rows, thread, threads, kStore, wide);
+    multiply(n.head, m.normed, logits, t.rows, thread, threads, kStore, wide);
     wait();
-    int64_t blocks = int64_t(rows) * n.vocab / kLanes;
+    int64_t blocks = int64_t(t.rows) * n.vocab / kLanes;
     for (int64_t i = blocks * thread / threads * kLanes; i < blocks * (thread + 1) / threads * kLanes; i += kLanes) {
         // tanh(y) = 1 - 2 / (e^2y + 1)
         Vec e = exp(load(logits + i) * (2.0f / n.softcap));
@@ -248,15 +289,15 @@ void run(const Network& n, int rows, const int64_t* ids, const int32_t* position
 
 }  // namespace
 
-// Bytes of scratch memory that `decode` needs; longest is the largest position plus one.
-extern "C" int64_t decode_scratch(const Network* n, int32_t rows, int32_t longest, int32_t threads) {
+// Bytes of scratch memory that `decode` needs.
+extern "C" int64_t decode_scratch(const Network* n, int32_t tokens, int32_t longest, int32_t threads) {
     int64_t kv = n->kv_heads * n->head_size;
-    return 4 * (int64_t(rows) * (6 * n->width + 2 * kv + n->hidden) + threads * (int64_t(n->heads) * (longest + kLanes) + wide_floats(*n)));
+    return 4 * (int64_t(tokens) * (6 * n->width + 2 * kv + n->hidden) + threads * (int64_t(n->heads) * (longest + kLanes) + wide_floats(*n)));
 }
 
-// Adds the tokens ids (rows) at positions (rows) to the rows of the cache; logits (rows, vocab) after each.
-extern "C" void decode(const Network* n, int32_t rows, const int64_t* ids, const int32_t* positions, float* logits,
-                       float* scratch, int32_t longest, int32_t threads) {
+// Adds tokens to rows of the cache; logits (rows, vocab) after the last of each. longest: the largest position plus one.
+extern "C" void decode(const Network* n, const Tokens* tokens, float* logits, float* scratch, int32_t longest, int32_t threads) {
+    int rows = tokens->count;
     Buffers m;
     auto take = [&](int64_t count) { float* p = scratch; scratch += rows * count; return p; };
     m.x = take(n->width), m.x0 = take(n->width), m.middle = take(n->width), m.normed = take(n->width);
@@ -266,8 +307,8 @@ extern "C" void decode(const Network* n, int32_t rows, const int64_t* ids, const
     m.scores = scratch;
     m.wide = scratch + int64_t(threads) * n->heads * longest;
     auto work = [&](int thread) {
-        if (n->cache_type == kFloat) run<float>(*n, rows, ids, positions, logits, m, longest, thread, threads);
-        else run<bf16>(*n, rows, ids, positions, logits, m, longest, thread, threads);
+        if (n->cache_type == kFloat) run<float>(*n, *tokens, logits, m, longest, thread, threads);
+        else run<bf16>(*n, *tokens, logits, m, longest, thread, threads);
     };
     if (threads == 1) return work(0);
 #pragma omp parallel num_threads(threads)

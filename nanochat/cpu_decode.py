@@ -1,7 +1,7 @@
-"""The compiled decode step of processors: what cpu_decode.cpp needs to know about a model and a cache.
+"""The compiled step of processors: what cpu_decode.cpp needs to know about a model and a cache.
 
-It takes the place of the network's forward pass where every running row gets one token. Weights are used where
-they lie, so that training in place is seen; nothing is copied but the rotary tables.
+It takes the place of the network's forward pass where every running row gets one token, and where small networks read
+prompts. Weights are used where they lie, so that training in place is seen; nothing is copied but the rotary tables.
 """
 
 from __future__ import annotations
@@ -50,6 +50,19 @@ class _Network(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Tokens(ctypes.Structure):
+    _fields_ = (
+        ("count", c_int32), ("rows", c_int32), ("ids", c_void_p), ("owners", c_void_p), ("positions", c_void_p),
+    )  # fmt: skip
+
+
+# Tokens at once times width squared up to which prompts are read here, and their last position. Beyond, PyTorch's products
+# of many rows and attention in blocks gain more than calling its operations costs (LOG 2026-11-26); in bf16, which
+# it multiplies faster than fp32 where the processor can, earlier.
+_READ_WORK = {torch.float32: 1 << 24, torch.bfloat16: 1 << 22}
+_READ_CONTEXT = 512
+
+
 class CpuDecoder:
     """One network, ready for compiled decode steps."""
 
@@ -86,6 +99,9 @@ class CpuDecoder:
         if config.use_smear:
             self._network.smear_gate = _matrix(model.smear_gate)
         self._scratch = torch.empty(0, dtype=torch.float32)
+        self.most_tokens = (
+            _READ_WORK[model.compute_dtype] // config.n_embd**2
+        )  # that are worth reading here at once
 
     @classmethod
     def of(cls, model: object) -> CpuDecoder | None:
@@ -97,7 +113,16 @@ class CpuDecoder:
 
     def step(self, cache: RowCache, rows: int, ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """Add one token to each of the first rows of a cache; logits (rows, V) fp32 after it."""
-        network, positions = self._network, cache.positions[:rows]
+        return self.read(cache, 0, [[int(token)] for token in ids[:rows]])
+
+    def reads(self, cache: RowCache, first: int, spans: Sequence[Sequence[int]]) -> bool:
+        """Whether reading these tokens here is worth it."""
+        ends = (position + len(span) for position, span in zip(cache.positions[first:], spans, strict=False))
+        return sum(map(len, spans)) <= self.most_tokens and max(ends) <= _READ_CONTEXT
+
+    def read(self, cache: RowCache, first: int, spans: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Add some tokens, at least one, to each of the rows from `first` on; logits (rows, V) fp32 after the last."""
+        network, count = self._network, sum(map(len, spans))
         for layer, window, keys, values in zip(
             self._layers, cache.windows, cache.keys, cache.values, strict=True
         ):
@@ -105,16 +130,23 @@ class CpuDecoder:
             layer.row_stride, layer.ring = keys.stride(0), cache.rings.get(window, 0)
         if cache.previous is not None:
             network.previous = cache.previous.data_ptr()
-        longest, threads = max(positions) + 1, torch.get_num_threads()
-        needed = self._library.decode_scratch(ctypes.byref(network), rows, longest, threads)
+        ids, owners, positions = (c_int64 * count)(), (c_int32 * count)(), (c_int32 * count)()
+        at, longest, threads = 0, 0, torch.get_num_threads()
+        for row, span in enumerate(spans, first):
+            start, end = cache.positions[row], at + len(span)
+            ids[at:end], owners[at:end] = span, [row] * len(span)
+            positions[at:end] = range(start, start + len(span))
+            cache.positions[row] = start + len(span)
+            at, longest = end, max(longest, start + len(span))
+        needed = self._library.decode_scratch(ctypes.byref(network), count, longest, threads)
         if needed > self._scratch.nbytes:
             self._scratch = torch.empty(needed // 2, dtype=torch.float32)  # twice as much as is needed
-        logits = torch.empty(rows, network.vocab)
+        tokens = _Tokens(count, len(spans), *map(ctypes.addressof, (ids, owners, positions)))
+        logits = torch.empty(len(spans), network.vocab)
         self._library.decode(
-            ctypes.byref(network), rows, (c_int64 * rows)(*map(int, ids)), (c_int32 * rows)(*positions),
-            c_void_p(logits.data_ptr()), c_void_p(self._scratch.data_ptr()), longest, threads,
+            ctypes.byref(network), ctypes.byref(tokens), c_void_p(logits.data_ptr()),
+            c_void_p(self._scratch.data_ptr()), longest, threads,
         )  # fmt: skip
-        cache.positions[:rows] = [position + 1 for position in positions]
         return logits
 
 

@@ -341,16 +341,15 @@ class Scheduler:
                 request, position = self.running[row], self.cache.positions[row] - 1
                 self.cache.rewind(row, position, request.span(position - 1, position)[0])
 
-    def _forward(self, first: int, last: int, width: int) -> torch.Tensor:
-        """Read up to width more tokens of rows first to last; logits (rows, V) after the last of each."""
-        ids, lengths, before = [], [], self.cache.positions[first:last]
-        for request, position in zip(self.running[first:last], before, strict=True):
-            span = request.span(position, min(position + width, request.num_tokens))
-            ids.append([*span, *[0] * (width - len(span))])
-            lengths.append(len(span))
-        tensor = torch.tensor(ids, dtype=torch.long, device=self.model.get_device())
-        logits = self.cache.forward(first, last, tensor, lengths)
-        for row, position in zip(range(first, last), before, strict=True):
+    def _forward(self, first: int, counts: Sequence[int]) -> torch.Tensor:
+        """Read so many more tokens of each of the rows from first on; logits (rows, V) after the last of each."""
+        before = self.cache.positions[first : first + len(counts)]
+        spans = [
+            request.span(position, position + count)
+            for request, position, count in zip(self.running[first:], before, counts, strict=False)
+        ]
+        logits = self.cache.read(first, spans)
+        for row, position in enumerate(before, first):
             self._publish(row, position)
         return logits
 
@@ -369,9 +368,9 @@ class Scheduler:
 
     def _prefill(self, first: int, end: int) -> tuple[torch.Tensor, list[Request]]:
         """Read a chunk of rows from first on; the requests that have been read whole, and their logits."""
-        last, width = self._chunk_rows(first, end)
-        logits = self._forward(first, last, width)
-        finished = [row for row in range(first, last) if self._missing(row) == 0]
+        counts = self._chunk(first, end)
+        logits = self._forward(first, counts)
+        finished = [row for row in range(first, first + len(counts)) if self._missing(row) == 0]
         sources = [row - first for row in finished]
         requests = [self.running[row] for row in finished]
         for row in finished:
@@ -382,18 +381,25 @@ class Scheduler:
                 sources.append(row - first)
         return logits[sources], requests
 
-    def _chunk_rows(self, first: int, end: int) -> tuple[int, int]:
-        """(last row, width) of the next chunk: as many rows as token budget and reserved slots allow."""
+    def _chunk(self, first: int, end: int) -> list[int]:
+        """How many tokens each of the next rows reads: as many rows as token budget and reserved slots allow."""
         budget = self._busy_budget if first else PREFILL_TOKENS
+        if budget <= self.cache.most_ragged_tokens:  # nothing is padded, so the budget is used up
+            counts = []
+            for row in range(first, end):
+                if count := min(self._missing(row), budget - sum(counts)):
+                    counts.append(count)
+            return counts
         slots = min(self.cache.num_slots, ROTARY_FACTOR * self.model.config.sequence_len)
-        width, start, row = 0, 0, first
+        width = start = 0
+        counts = []
         for row in range(first, end):
-            wider = max(width, min(self._missing(row), self.chunk_tokens))
-            farthest = max(start, self.cache.positions[row])
-            if row > first and (wider * (row - first + 1) > budget or farthest + wider > slots):
-                return row, width
-            width, start = wider, farthest
-        return row + 1, width
+            count = min(self._missing(row), self.chunk_tokens)
+            width, start = max(width, count), max(start, self.cache.positions[row])
+            if counts and (width * (len(counts) + 1) > budget or start + width > slots):
+                break
+            counts.append(count)
+        return counts
 
     def _twins(self, request: Request) -> list[Request]:
         """Waiting requests with the same tokens, as many as there is room for, taken out of the line."""

@@ -104,6 +104,61 @@ def test_company_and_threads_change_no_bit(architecture, rows, kind):
             assert torch.equal(step(cache, 1, ids[row : row + 1])[0], found[row])
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(("architecture", "sizes"), SHAPES)
+@torch.inference_mode()
+def test_a_stretch_of_a_prompt_has_the_bits_of_its_tokens_one_by_one(architecture, sizes, kind):
+    """Of several rows at once and of different lengths, at their beginnings and beyond windows and their rings."""
+    model = random_model(architecture, **sizes)
+    if kind == "int8":
+        quantize(model, "int8")
+    elif kind == "bfloat16":
+        model.compute_dtype = torch.bfloat16
+        model.init_rotary()
+    together, alone = RowCache(model, 3, 16), RowCache(model, 3, 16)
+    for cache in (together, alone):
+        cache.reserve(3, 96, 1 << 30)
+        for _ in range(3):
+            cache.add_row()
+    read = decoder(model).read
+    for number, lengths in enumerate(
+        [(5, 1, 16), (1, 13, 1), (16, 16, 16), (2, 1, 3), (16, 11, 16), (9, 16, 1)]
+    ):
+        spans = [tokens(length, 10 * number + row) for row, length in enumerate(lengths)]
+        torch.set_num_threads(1 + number % 3)
+        found = read(together, 0, spans)
+        torch.set_num_threads(1)
+        for row, span in enumerate(spans):
+            for token in span:
+                last = read(alone, row, [[token]])
+            assert torch.equal(last[0], found[row])
+    assert together.positions == alone.positions == [49, 58, 53]
+    for one, other in zip((*together.keys, *together.values), (*alone.keys, *alone.values), strict=True):
+        assert torch.equal(one, other)
+    if together.previous is not None:
+        assert torch.equal(together.previous, alone.previous)
+
+
+@pytest.mark.parametrize(("architecture", "sizes"), SHAPES)
+@torch.inference_mode()
+def test_reading_prompts_equals_the_network(architecture, sizes, monkeypatch):
+    model = random_model(architecture, **sizes)
+    caches = RowCache(model, 3, 16), RowCache(model, 3, 16)
+    for cache in caches:
+        cache.reserve(3, 96, 1 << 30)
+        for _ in range(3):
+            cache.add_row()
+    compiled, eager = caches
+    assert compiled.most_ragged_tokens >= 48
+    for number, lengths in enumerate([(5, 1, 16), (16, 16, 2), (2, 7, 16)]):
+        spans = [tokens(length, 10 * number + row) for row, length in enumerate(lengths)]
+        found = compiled.read(0, spans)
+        monkeypatch.setattr(CpuDecoder, "reads", lambda *args: False)
+        torch.testing.assert_close(found, eager.read(0, spans), atol=2e-5, rtol=0)
+        monkeypatch.undo()
+    assert compiled.positions == eager.positions
+
+
 @torch.inference_mode()
 def test_weights_are_used_where_they_lie():
     model = random_model("modern")
