@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from nanochat.common import UserError
 from nanochat.tokenizer_hf import HuggingFaceTokenizer
 
-GPT2_CONTEXT = 1024
+OUR_CODE = Path(__file__).with_name("interop") / "modeling_nanochat_modern.py"
 
 
 class HuggingFaceModel:
@@ -22,19 +23,22 @@ class HuggingFaceModel:
 
     @classmethod
     def from_pretrained(cls, path: str, device: torch.device) -> HuggingFaceModel:
-        """Load a model of the hub or of a local folder."""
+        """Load a model of the hub or of a local folder. Raises UserError, also if it needs code that is not ours."""
         try:
             from transformers import AutoModelForCausalLM
         except ImportError:
             raise UserError("--hf-path needs the package transformers; run: uv sync --extra hf") from None
+        code = Path(path, OUR_CODE.name)  # of an export; what others wrote is not run
+        is_ours = code.is_file() and code.read_bytes() == OUR_CODE.read_bytes()
         try:
-            model = cast(torch.nn.Module, AutoModelForCausalLM.from_pretrained(path))
+            model: Any = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=is_ours)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"cannot load the model {path}: {str(error).splitlines()[0]} "
                 "(without network: a folder of the model; behind a mirror: HF_ENDPOINT)"
             ) from None
-        return cls(model.to(device).eval(), GPT2_CONTEXT if "gpt2" in path else None)
+        context = getattr(model.config, "max_position_embeddings", None)
+        return cls(cast(torch.nn.Module, model).to(device).eval(), context)
 
     def get_device(self) -> torch.device:
         """Where the weights are."""

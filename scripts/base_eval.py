@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nanochat.tokenizer_base import Tokenizer
 
 MODES = ("core", "bpb", "sample")
+LONGEST_ROW = 2048  # tokens of a Hugging Face model in one row of bits per byte; some name contexts of a million
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def load_subject(cfg: Config, world: World) -> Subject:
 
 
 def _load_hugging_face(path: str, world: World) -> Subject:
-    from nanochat.hf_eval import GPT2_CONTEXT, DocumentEncoder, HuggingFaceModel, token_bytes
+    from nanochat.hf_eval import DocumentEncoder, HuggingFaceModel, token_bytes
     from nanochat.tokenizer import HuggingFaceTokenizer
 
     model = HuggingFaceModel.from_pretrained(path, world.device)
@@ -124,7 +125,7 @@ def _load_hugging_face(path: str, world: World) -> Subject:
     slug = path.strip("/").replace("/", "-")
     return Subject(
         path, slug, model, tokenizer, DocumentEncoder(tokenizer), token_bytes(tokenizer).to(world.device),
-        model.max_seq_len or GPT2_CONTEXT, get_base_dir() / "base_eval" / f"{slug}.json",
+        min(model.max_seq_len or LONGEST_ROW, LONGEST_ROW), get_base_dir() / "base_eval" / f"{slug}.json",
     )  # fmt: skip
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from nanochat.common import UserError, read_json, write_json
 from nanochat.gpt import GPT
+from nanochat.hf_eval import OUR_CODE, HuggingFaceModel
 from nanochat.interop import hf_config, hf_export, hf_import
 from nanochat.interop.verification import load_with_transformers, logit_difference
 from tests.toy_export import CLASSIC, MODERN, VOCAB_SIZE, random_ids, tokenizer, toy_model, trained
@@ -80,6 +82,39 @@ def test_the_way_there_and_back_changes_no_bit(exported, name):
     again = GPT.build(back.config, "cpu", torch.float32)
     again.load_state_dict(back.state)
     ids = random_ids(2, 100)
+    assert torch.equal(again(ids), model(ids))
+
+
+@pytest.mark.parametrize("name", ["grouped", "all features"])
+def test_our_evaluations_take_an_export_as_it_is(exported, name):
+    model, folder = exported(name)
+    loaded = HuggingFaceModel.from_pretrained(str(folder), torch.device("cpu"))
+    ids = random_ids(1, 50)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids), model(ids), atol=1e-4, rtol=1e-4)
+    assert loaded.max_seq_len == model.config.sequence_len
+
+
+def test_code_that_is_not_ours_is_not_run(exported, tmp_path):
+    _, folder = exported("all features")
+    changed = shutil.copytree(folder, tmp_path / "changed")
+    with (changed / OUR_CODE.name).open("a", encoding="utf-8") as file:
+        file.write("raise SystemExit('this ran')\n")
+    with pytest.raises(UserError, match="cannot load the model .*changed"):
+        HuggingFaceModel.from_pretrained(str(changed), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("architecture", ["classic", "modern"])
+def test_tied_embeddings_become_a_table_and_a_head(architecture, tmp_path):
+    """Both may then be finetuned apart, and nothing of it is lost when the model comes back."""
+    model = random_model(architecture, vocab_size=VOCAB_SIZE, tie_embeddings=True)
+    hf_export.export_folder(model, tokenizer(), tmp_path / "model", "# card\n", is_chat=True)
+    ids = random_ids(1, 50)
+    assert logit_difference(load(tmp_path / "model", model), model, ids[0].tolist()) < 1e-4
+    back = hf_import.read_folder(tmp_path / "model")
+    assert not back.config.tie_embeddings
+    again = GPT.build(back.config, "cpu", torch.float32)
+    again.load_state_dict(back.state)
     assert torch.equal(again(ids), model(ids))
 
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+import torch
 
 from nanochat import memory
+from nanochat.compilation import should_compile
 from nanochat.memory import Setting, training_bytes, training_memory
 from nanochat.sizing import Shape
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_kinds_follow_the_sizes():
@@ -30,6 +38,40 @@ def test_the_peak_that_an_h200_measured():
     """Depth 20, 16 rows, compiled, bf16: 43.6 GiB (LOG 2026-11-26)."""
     peak = training_memory(Shape(20), Setting(16, accumulation=16)).peak
     assert peak / 2**30 == pytest.approx(43.6, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no way to measure the peak here")
+@pytest.mark.parametrize(
+    ("arch", "layers", "width", "length", "rows", "micro_batches", "recompute", "compile", "vocab"),
+    [
+        ("classic", 4, 256, 512, 8, 1, 0, 0, 4096),
+        ("classic", 4, 256, 512, 32, 1, 0, 0, 4096),
+        ("classic", 8, 512, 256, 8, 2, 0, 0, 8192),
+        ("modern", 4, 256, 512, 8, 1, 0, 0, 4096),
+        ("modern", 6, 384, 2048, 2, 1, 0, 0, 4096),
+        ("modern", 8, 512, 256, 8, 1, 1, 0, 8192),
+        ("modern", 8, 512, 1024, 4, 2, 1, 0, 8192),
+        ("classic", 4, 256, 512, 8, 1, 0, 1, 4096),
+        ("modern", 4, 256, 512, 32, 2, 0, 1, 4096),
+    ],
+)
+def test_the_peak_that_this_machine_measures(
+    arch, layers, width, length, rows, micro_batches, recompute, compile, vocab
+):
+    """Within 10 %, above what a process that trains something tiny takes anyway."""
+    if compile and not should_compile("auto", torch.device("cpu"))[0]:
+        pytest.skip("nothing compiles here")
+    numbers = (layers, width, length, rows, micro_batches, recompute, compile, vocab)
+    command = [sys.executable, "-m", "tests.memory_peak", arch, *map(str, numbers)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-1000:]
+    shape = Shape(layers, vocab, length, aspect_ratio=width // layers, head_dim=64, arch=arch)
+    setting = Setting(
+        rows, accumulation=micro_batches, compute_bytes=4, on_gpu=False, compiled=bool(compile), recompute=bool(recompute)
+    )  # fmt: skip
+    assert shape.width == width
+    assert training_memory(shape, setting).peak == pytest.approx(int(done.stdout), rel=0.1)
 
 
 def test_gradients_count_in_the_forward_pass_once_a_step_has_several_micro_batches():

@@ -47,7 +47,8 @@ def is_classic(config: GPTConfig) -> bool:
 
 
 def to_hf_config(config: GPTConfig) -> dict[str, Any]:
-    """The content of config.json, without the ids of special tokens."""
+    """The content of config.json, without the ids of special tokens. The head gets weights of its own."""
+    config = replace(config, tie_embeddings=False)
     common = {
         "vocab_size": config.vocab_size, "hidden_size": config.n_embd, "intermediate_size": 4 * config.n_embd,
         "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
@@ -163,6 +164,8 @@ def to_hf_state(state: Mapping[str, torch.Tensor], config: GPTConfig) -> dict[st
     for name, tensor in state.items():
         rows = tensor[: config.vocab_size] if is_vocabulary_table(name) else tensor
         result[hf_name(name)] = fp32(name, rows).contiguous()
+    if config.tie_embeddings:
+        result[_TOP_NAMES["lm_head.weight"]] = result[_TOP_NAMES["lm_head.weight"]].clone()
     return result
 
 
