@@ -32,7 +32,7 @@ def resident(kind: str) -> int:
 
 def train(arch: str, layers: int, width: int, length: int, rows: int, micro_batches: int, recompute: bool, compile: bool,
           vocab: int) -> None:  # fmt: skip
-    """Three steps."""
+    """Two steps: in the second one the moments are there from the start."""
     heads = width // 64
     config = getattr(GPTConfig, arch)(
         sequence_len=length, vocab_size=vocab, n_layer=layers, n_head=heads, n_kv_head=heads, n_embd=width,
@@ -42,7 +42,7 @@ def train(arch: str, layers: int, width: int, length: int, rows: int, micro_batc
     model.recompute = recompute
     optimizer = model.setup_optimizer()
     forward = torch.compile(model, dynamic=False) if compile else model
-    for _ in range(3):
+    for _ in range(2):
         for _ in range(micro_batches):
             ids = torch.randint(vocab, (rows, length))
             forward(ids, ids, loss_reduction="sum").backward()
