@@ -99,9 +99,7 @@ class CpuDecoder:
         if config.use_smear:
             self._network.smear_gate = _matrix(model.smear_gate)
         self._scratch = torch.empty(0, dtype=torch.float32)
-        self.most_tokens = (
-            _READ_WORK[model.compute_dtype] // config.n_embd**2
-        )  # that are worth reading here at once
+        self._most_tokens = _READ_WORK[model.compute_dtype] // config.n_embd**2
 
     @classmethod
     def of(cls, model: object) -> CpuDecoder | None:
@@ -115,10 +113,10 @@ class CpuDecoder:
         """Add one token to each of the first rows of a cache; logits (rows, V) fp32 after it."""
         return self.read(cache, 0, [[int(token)] for token in ids[:rows]])
 
-    def reads(self, cache: RowCache, first: int, spans: Sequence[Sequence[int]]) -> bool:
-        """Whether reading these tokens here is worth it."""
-        ends = (position + len(span) for position, span in zip(cache.positions[first:], spans, strict=False))
-        return sum(map(len, spans)) <= self.most_tokens and max(ends) <= _READ_CONTEXT
+    def reads(self, positions: Sequence[int], counts: Sequence[int]) -> bool:
+        """Whether reading so many tokens at these positions of some rows is worth it here."""
+        ends = (position + count for position, count in zip(positions, counts, strict=False))
+        return sum(counts) <= self._most_tokens and max(ends) <= _READ_CONTEXT
 
     def read(self, cache: RowCache, first: int, spans: Sequence[Sequence[int]]) -> torch.Tensor:
         """Add some tokens, at least one, to each of the rows from `first` on; logits (rows, V) fp32 after the last."""

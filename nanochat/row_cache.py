@@ -96,10 +96,9 @@ class RowCache:
         """Whether a step can be started without waiting for the one before."""
         return isinstance(self._decoder, CudaDecoder)
 
-    @property
-    def most_ragged_tokens(self) -> int:
-        """So many tokens at once can be read without padding the rows to one length."""
-        return self._decoder.most_tokens if isinstance(self._decoder, CpuDecoder) else 0
+    def reads_ragged(self, first: int, counts: Sequence[int]) -> bool:
+        """Whether the rows from `first` on can read so many tokens each without being padded to one length."""
+        return isinstance(self._decoder, CpuDecoder) and self._decoder.reads(self.positions[first:], counts)
 
     # --- memory --------------------------------------------------------------------------------------
 
@@ -230,9 +229,9 @@ class RowCache:
 
     def read(self, first: int, spans: Sequence[Sequence[int]]) -> torch.Tensor:
         """Add some tokens, at least one, to each of the rows from `first` on; logits (rows, V) after the last of each."""
-        if isinstance(self._decoder, CpuDecoder) and self._decoder.reads(self, first, spans):
-            return self._decoder.read(self, first, spans)
         lengths = [len(span) for span in spans]
+        if isinstance(self._decoder, CpuDecoder) and self._decoder.reads(self.positions[first:], lengths):
+            return self._decoder.read(self, first, spans)
         ids = [[*span, *[0] * (max(lengths) - len(span))] for span in spans]
         return self.forward(first, first + len(spans), torch.tensor(ids, device=self.device), lengths)
 

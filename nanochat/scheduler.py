@@ -384,19 +384,16 @@ class Scheduler:
     def _chunk(self, first: int, end: int) -> list[int]:
         """How many tokens each of the next rows reads: as many rows as token budget and reserved slots allow."""
         budget = self._busy_budget if first else PREFILL_TOKENS
-        if budget <= self.cache.most_ragged_tokens:  # nothing is padded, so the budget is used up
-            counts = []
-            for row in range(first, end):
-                if count := min(self._missing(row), budget - sum(counts)):
-                    counts.append(count)
-            return counts
         slots = min(self.cache.num_slots, ROTARY_FACTOR * self.model.config.sequence_len)
         width = start = 0
         counts = []
         for row in range(first, end):
             count = min(self._missing(row), self.chunk_tokens)
             width, start = max(width, count), max(start, self.cache.positions[row])
-            if counts and (width * (len(counts) + 1) > budget or start + width > slots):
+            left = budget - sum(counts)
+            if left and self.cache.reads_ragged(first, [*counts, min(count, left)]):
+                count = min(count, left)  # nothing is padded, so the budget can be used up
+            elif counts and (width * (len(counts) + 1) > budget or start + width > slots):
                 break
             counts.append(count)
         return counts

@@ -100,7 +100,7 @@ def test_code_that_is_not_ours_is_not_run(exported, tmp_path):
     changed = shutil.copytree(folder, tmp_path / "changed")
     with (changed / OUR_CODE.name).open("a", encoding="utf-8") as file:
         file.write("raise SystemExit('this ran')\n")
-    with pytest.raises(UserError, match="cannot load the model .*changed"):
+    with pytest.raises(UserError, match=r"cannot load the model .*changed"):
         HuggingFaceModel.from_pretrained(str(changed), torch.device("cpu"))
 
 
