@@ -22,54 +22,63 @@ class _Sizes(ctypes.Structure):
 
 
 def fits(q: Tensor) -> bool:
-    """Whether heads like those of q (B, T, H, D) are whole vectors."""
+    """Whether the kernel takes heads like those of q (B, T, H, D)."""
     return q.size(-1) % _LANES == 0
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled kernel. Raises RuntimeError where there is none."""
+    """The compiled kernel, after telling torch of it. Raises RuntimeError where there is none."""
     found = load_library("cpu_attention")
     if found is None:
         raise RuntimeError("no C++ compiler, or NANOCHAT_KERNELS=off")
-    _forward.register_autograd(_gradient, setup_context=_remember)
+    # Operators of torch rather than an autograd.Function, so that compiled steps can call them without breaking up; and
+    # not custom_op, whose first call imports torch's compiler: seconds at every start.
+    lib = torch.library
+    lib.define(_FORWARD, "(Tensor q, Tensor k, Tensor v, int window) -> (Tensor, Tensor)")
+    lib.define(
+        _BACKWARD,
+        "(Tensor q, Tensor k, Tensor v, Tensor y, Tensor sums, Tensor grad, int window) -> (Tensor, Tensor, Tensor)",
+    )
+    for name, run, shapes in (
+        (_FORWARD, _forward, _forward_shapes),
+        (_BACKWARD, _backward, _backward_shapes),
+    ):
+        lib.impl(name, "CPU")(run)
+        lib.register_fake(name)(shapes)
+    lib.register_autograd(_FORWARD, _gradient, setup_context=_remember)
     return found
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """(q (B, T, H, D), k, v (B, T, Hkv, D), window) -> as q. All fp32; a window below 0 is unlimited."""
-    y, _ = _forward(q.contiguous(), k.contiguous(), v.contiguous(), window)
+    y, _ = torch.ops.nanochat.cpu_attention(q.contiguous(), k.contiguous(), v.contiguous(), window)
     return y
 
 
-# Operators of torch rather than an autograd.Function, so that a compiled step can call them without breaking up.
-@torch.library.custom_op("nanochat::cpu_attention", mutates_args=())
-def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    y, sums = torch.empty_like(q), q.new_empty(q.size(0), q.size(2), q.size(1))
+_FORWARD, _BACKWARD = "nanochat::cpu_attention", "nanochat::cpu_attention_backward"
+
+
+def _forward_shapes(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.size(0), q.size(2), q.size(1))
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    y, sums = _forward_shapes(q, k, v, window)
     _call(library().attention_forward, _sizes(q, k, window), q, k, v, y, sums)
     return y, sums
 
 
-@torch.library.custom_op("nanochat::cpu_attention_backward", mutates_args=())
+def _backward_shapes(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
 def _backward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor, sums: torch.Tensor, grad: torch.Tensor,
-    window: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor, grad: Tensor, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = _backward_shapes(q, k, v)
     _call(library().attention_backward, _sizes(q, k, window), q, k, v, y, sums, grad, *grads)
     return grads
-
-
-@_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.size(0), q.size(2), q.size(1))
-
-
-@_backward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: tuple[Tensor, Tensor]) -> None:
@@ -78,7 +87,8 @@ def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: tupl
 
 
 def _gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_backward(*ctx.saved_tensors, grad.contiguous(), ctx.window), None
+    backward = torch.ops.nanochat.cpu_attention_backward
+    return *backward(*ctx.saved_tensors, grad.contiguous(), ctx.window), None
 
 
 def _call(function: Any, sizes: _Sizes, *tensors: Tensor) -> None:

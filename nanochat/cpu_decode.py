@@ -64,7 +64,7 @@ _READ_CONTEXT = 512
 
 
 class CpuDecoder:
-    """One network, ready for compiled decode steps."""
+    """One network, ready for compiled steps."""
 
     def __init__(self, model: GPT, library: ctypes.CDLL) -> None:
         config = model.config

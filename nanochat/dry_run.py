@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -90,7 +91,9 @@ def describe(
     print0(
         f"  {'peak':<22} {batch.memory.peak / 2**30:>10.2f} GiB, {verdict} the {limit / 2**30:.2f} GiB that are free"
     )
-    if device.type == "cpu":  # malloc's holes, see common.keep_freed_memory: 1.2 to 2.6 times in ten shapes
+    if device.type == "cpu" and sys.platform.startswith(
+        "linux"
+    ):  # holes, see keep_freed_memory: 1.2 to 2.6 times
         print0("  freed blocks are kept, which is faster: the process grows to about 1.7 times that")
     speed = _STEP_SHARE.get(device.type, 0.5) * product_speed(device, dtype)
     seconds = flops / (speed * world_size)

@@ -177,7 +177,9 @@ class Attention(nn.Module):
         chunk, keys, values = context.chunk, k, v
         if context.cache is not None and chunk is not None:
             keys, values = context.cache.insert(self.layer, chunk, k, v)
-        if chunk is None or not any(chunk.start):  # padding is at the end, where no real position sees it
+        # What starts a cache is a sequence like any other: its padding is at the end, where no real position sees it.
+        # Not so on a GPU, where trying the kernels of training would delay the first answer.
+        if chunk is None or (q.device.type == "cpu" and not any(chunk.start)):
             y = causal_attention(q, k, v, self.window)
         else:
             y = cached_attention(q, keys, values, chunk.mask(self.window))
@@ -311,7 +313,7 @@ class GPT(nn.Module):
         return self.transformer["wte"]  # pyright: ignore[reportReturnType]
 
     def get_device(self) -> torch.device:
-        return self.lm_head.weight.device
+        return next(self.parameters()).device
 
     # --- forward ---------------------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ class _SummedLoss(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         matrix_VC = weight[:vocab_size].to(x_NC.dtype)
         total = torch.zeros((), device=x_NC.device)
-        # Without gradient where only adapters learn. Asked for outside: compiled, this function cannot tell.
+        # Without gradient where the head is frozen. Asked for outside: compiled, this function cannot tell.
         grad_weight = torch.zeros(weight.shape if learns else 0, dtype=torch.float32, device=x_NC.device)
         grads_x = []
         for x, targets in zip(x_NC.split(rows), targets_N.split(rows), strict=True):

@@ -9,10 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanochat.common import UserError
+from nanochat.common import UserError, read_json
 from nanochat.tokenizer_hf import HuggingFaceTokenizer
-
-OUR_CODE = Path(__file__).with_name("interop") / "modeling_nanochat_modern.py"
 
 
 class HuggingFaceModel:
@@ -23,15 +21,13 @@ class HuggingFaceModel:
 
     @classmethod
     def from_pretrained(cls, path: str, device: torch.device) -> HuggingFaceModel:
-        """Load a model of the hub or of a local folder. Raises UserError, also if it needs code that is not ours."""
+        """Load a model of the hub or of a local folder. Raises UserError, also if it needs code of its own."""
         try:
             from transformers import AutoModelForCausalLM
         except ImportError:
             raise UserError("--hf-path needs the package transformers; run: uv sync --extra hf") from None
-        code = Path(path, OUR_CODE.name)  # of an export; what others wrote is not run
-        is_ours = code.is_file() and code.read_bytes() == OUR_CODE.read_bytes()
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=is_ours)
+            model: Any = _class_for(path, AutoModelForCausalLM).from_pretrained(path)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"cannot load the model {path}: {str(error).splitlines()[0]} "
@@ -53,6 +49,18 @@ class HuggingFaceModel:
             return logits
         flat = logits.float().view(-1, logits.size(-1))
         return F.cross_entropy(flat, targets.view(-1), ignore_index=-1, reduction=loss_reduction)
+
+
+def _class_for(path: str, otherwise: Any) -> Any:
+    """The class that loads a model: ours for our exports, so that no code of a folder is run."""
+    from nanochat.interop.hf_config import MODERN_TYPE
+
+    config = Path(path, "config.json")
+    if not config.is_file() or read_json(config).get("model_type") != MODERN_TYPE:
+        return otherwise
+    from nanochat.interop.modeling_nanochat_modern import NanoChatModernForCausalLM
+
+    return NanoChatModernForCausalLM
 
 
 class DocumentEncoder:

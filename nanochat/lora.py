@@ -88,9 +88,8 @@ def add_adapters(model: GPT, rank: int, alpha: float) -> dict[str, Adapter]:
 def merge_adapters(model: GPT) -> None:
     """Turn a model with adapters into a plain one that computes the same, in place; others stay as they are."""
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, Adapter)]
-    merged = {
-        adapter.base.weight: adapter.weight.detach() for _, adapter in found
-    }  # once, where layers share one
+    # By weight, because layers may share one.
+    merged = {adapter.base.weight: adapter.weight.detach() for _, adapter in found}
     for weight, value in merged.items():
         weight.data = value
     for name, adapter in found:
@@ -127,6 +126,10 @@ class AdapterOptimizer(MuonAdamW):
             raise UserError(
                 "the adapters in the folder belong to other weights of the source model, which has been trained again;"
                 " use --resume=never to start over from it"
+            )
+        if saved["tensors"].keys() != self._tensors.keys():
+            raise UserError(
+                "the adapters in the folder are of other layers, as older versions made them; use --resume=never"
             )
         shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         if {name: tuple(tensor.shape) for name, tensor in saved["tensors"].items()} != shapes:

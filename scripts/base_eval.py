@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from nanochat.tokenizer_base import Tokenizer
 
 MODES = ("core", "bpb", "sample")
-LONGEST_ROW = 2048  # tokens of a Hugging Face model in one row of bits per byte; some name contexts of a million
+# Tokens in a row of bits per byte of a Hugging Face model: its context, unless it names none or one beyond training here.
+ROW, LONGEST_ROW = 1024, 8192
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def _load_hugging_face(path: str, world: World) -> Subject:
     from nanochat.tokenizer import HuggingFaceTokenizer
 
     model = HuggingFaceModel.from_pretrained(path, world.device)
+    context = model.max_seq_len or ROW
     if Path(path).is_dir():
         tokenizer = HuggingFaceTokenizer.from_directory(path)
     else:
@@ -125,7 +127,7 @@ def _load_hugging_face(path: str, world: World) -> Subject:
     slug = path.strip("/").replace("/", "-")
     return Subject(
         path, slug, model, tokenizer, DocumentEncoder(tokenizer), token_bytes(tokenizer).to(world.device),
-        min(model.max_seq_len or LONGEST_ROW, LONGEST_ROW), get_base_dir() / "base_eval" / f"{slug}.json",
+        context if context <= LONGEST_ROW else ROW, get_base_dir() / "base_eval" / f"{slug}.json",
     )  # fmt: skip
 
 

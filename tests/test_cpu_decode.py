@@ -1,4 +1,4 @@
-"""The compiled decode step computes what the network does, alone and in company."""
+"""The compiled step of processors computes what the network does, alone and in company."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 
 from nanochat.common import UserError, read_json, write_json
 from nanochat.gpt import GPT
-from nanochat.hf_eval import OUR_CODE, HuggingFaceModel
+from nanochat.hf_eval import HuggingFaceModel
 from nanochat.interop import hf_config, hf_export, hf_import
 from nanochat.interop.verification import load_with_transformers, logit_difference
 from tests.toy_export import CLASSIC, MODERN, VOCAB_SIZE, random_ids, tokenizer, toy_model, trained
@@ -95,11 +95,18 @@ def test_our_evaluations_take_an_export_as_it_is(exported, name):
     assert loaded.max_seq_len == model.config.sequence_len
 
 
-def test_code_that_is_not_ours_is_not_run(exported, tmp_path):
-    _, folder = exported("all features")
+def test_no_code_of_a_folder_is_run(exported, tmp_path):
+    """Neither what an export says to be ours nor what another kind of model brings along."""
+    model, folder = exported("all features")
     changed = shutil.copytree(folder, tmp_path / "changed")
-    with (changed / OUR_CODE.name).open("a", encoding="utf-8") as file:
-        file.write("raise SystemExit('this ran')\n")
+    for name in ("modeling_nanochat_modern.py", "evil.py"):
+        (changed / name).write_text("raise SystemExit('this ran')\n", encoding="utf-8")
+    content = read_json(changed / "config.json")
+    evil = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
+    write_json(changed / "config.json", content | {"auto_map": evil})
+    loaded = HuggingFaceModel.from_pretrained(str(changed), torch.device("cpu"))
+    assert loaded.max_seq_len == model.config.sequence_len
+    write_json(changed / "config.json", content | {"auto_map": evil, "model_type": "another"})
     with pytest.raises(UserError, match=r"cannot load the model .*changed"):
         HuggingFaceModel.from_pretrained(str(changed), torch.device("cpu"))
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 # Half a second each and more: the compiler, the web server, and what reads data sets.
 HEAVY = {
@@ -32,14 +34,14 @@ def make_checkpoint(base: Path, depth: int) -> None:
     save_checkpoint(stage_dir("sft") / f"d{depth}", 1, model, {"stage": "sft"}, tokenizer=tokenizer)
 
 
-def first_answer(*python_options: str) -> subprocess.CompletedProcess[str]:
+def first_answer(*python_options: str, prompt: str = "hello") -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable,
         *python_options,
         "-m",
         "scripts.chat_cli",
         "-p",
-        "hello",
+        prompt,
         "-m",
         "1",
         "--device-type=cpu",
@@ -49,8 +51,10 @@ def first_answer(*python_options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_start_imports_nothing_heavy(tiny_run):
+@pytest.mark.parametrize("words", [1, 150])
+def test_a_start_imports_nothing_heavy(tiny_run, words):
+    """Whether the prompt is read by the compiled step or, a long one, by the network."""
     make_checkpoint(tiny_run, 2)
-    done = first_answer("-X", "importtime")
+    done = first_answer("-X", "importtime", prompt="hello " * words)
     modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "import time:" in line}
     assert "torch" in modules and not modules & HEAVY
