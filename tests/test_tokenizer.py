@@ -295,7 +295,8 @@ def test_loading_32k_tokens_is_quick(tmp_path):
         started = time.process_time()
         get_tokenizer(tmp_path)
         seconds.append(time.process_time() - started)
-    assert len(ranks) == 32_768 and min(seconds) < 0.05
+    assert len(ranks) == 32_768
+    assert min(seconds) < 0.15  # 0.02 to 0.05 here, by the hour; a machine may be slower still
 
 
 # --- interchange -------------------------------------------------------------------------------------
