@@ -291,12 +291,11 @@ def test_loading_32k_tokens_is_quick(tmp_path):
         ranks.update({left + bytes([right]): len(ranks) + right for right in range(127)})
     RustBPETokenizer(Vocabulary(ranks, SPLIT_PATTERN, {"<|bos|>": len(ranks)})).save(tmp_path)
     seconds = []
-    for _ in range(5):
+    while len(seconds) < 5 or (min(seconds) >= 0.05 and len(seconds) < 60):  # a machine can be slow for seconds
         started = time.process_time()
         get_tokenizer(tmp_path)
         seconds.append(time.process_time() - started)
-    assert len(ranks) == 32_768
-    assert min(seconds) < 0.15  # 0.02 to 0.05 here, by the hour; a machine may be slower still
+    assert len(ranks) == 32_768 and min(seconds) < 0.05
 
 
 # --- interchange -------------------------------------------------------------------------------------
