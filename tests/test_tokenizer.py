@@ -291,7 +291,9 @@ def test_loading_32k_tokens_is_quick(tmp_path):
         ranks.update({left + bytes([right]): len(ranks) + right for right in range(127)})
     RustBPETokenizer(Vocabulary(ranks, SPLIT_PATTERN, {"<|bos|>": len(ranks)})).save(tmp_path)
     seconds = []
-    while len(seconds) < 5 or (min(seconds) >= 0.05 and len(seconds) < 60):  # a machine can be slow for seconds
+    while len(seconds) < 5 or (
+        min(seconds) >= 0.05 and len(seconds) < 60
+    ):  # a machine can be slow for seconds
         started = time.process_time()
         get_tokenizer(tmp_path)
         seconds.append(time.process_time() - started)
