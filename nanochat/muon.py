@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.common import print0
-
 Polynomial = tuple[float, float, float]  # x <- a x + b (x xT) x + c (x xT)^2 x
 
 # Fixed quintic with maximal slope at zero; leaves singular values in about [0.5, 1.5]. [Jordan 2024]
@@ -67,20 +65,19 @@ def adamw_update(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    scale: Tensor | None = None,
-    skip: Tensor | None = None,
+    guard: Guard,
 ) -> None:
     """One AdamW step in place: decoupled decay, then moments, both bias-corrected. [Loshchilov 2019]
 
     The first four share shape and dtype; arithmetic is fp32 whatever they store. step: 0-dim fp32 on the same
-    device, as are scale, by which the gradient is multiplied, and skip: where it is 1, nothing changes.
+    device.
     """
-    step.add_(1.0 if skip is None else 1.0 - skip)
+    step.add_(1.0 - guard.skip)
     # Torch's fused kernel passes over memory once; the same formula as separate operations passes nine times.
     torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
         [param], [grad], [exp_avg], [exp_avg_sq], [], [step],
         lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
-        grad_scale=None if scale is None else 1.0 / scale, found_inf=skip,
+        grad_scale=1.0 / guard.scale, found_inf=guard.skip,
     )  # fmt: skip
 
 
@@ -167,46 +164,22 @@ def _rescaling(x_KRC: Tensor, second_moment: Tensor, beta2: float | Tensor, vari
     return factor * scale * (norm / scaled_norm.clamp_min(1e-10))
 
 
-class MatrixUpdate:
-    """muon_update with the hyper-parameters of a group, compiled if asked for and possible."""
-
-    def __init__(self, compute_dtype: torch.dtype, compile: bool) -> None:
+def update_group(
+    group: dict[str, Any],
+    stack: Tensor,
+    gradients: Tensor,
+    buffers: list[Tensor],
+    guard: Guard,
+    compute_dtype: torch.dtype,
+) -> None:
+    """muon_update of a stack, in place, with a group's hyper-parameters; buffers: momentum, second moment."""
+    lr, momentum, beta2 = (group[key] for key in ("lr", "momentum", "beta2"))
+    gradients = torch.where(guard.skip > 0, 0.0, gradients * guard.scale)
+    # Momentum and beta2 of 1 keep the buffers as they are.
+    momentum, beta2 = (value + (1 - value) * guard.skip for value in (momentum, beta2))
+    muon_update(
+        stack, gradients, *buffers, lr * (1 - guard.skip), momentum, beta2, group["weight_decay"],
+        group["ns_steps"], MUON_VARIANTS[group["variant"]],
         # fp16 has too little range for the iteration, so it runs in fp32 there.
-        self._dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32
-        self._compiled = torch.compile(muon_update, dynamic=False, fullgraph=True) if compile else None
-
-    def __call__(
-        self,
-        group: dict[str, Any],
-        stack: Tensor,
-        gradients: Tensor,
-        buffers: list[Tensor],
-        guard: Guard | None,
-    ) -> None:
-        lr, momentum, beta2, decay = (group[key] for key in ("lr", "momentum", "beta2", "weight_decay"))
-        if guard:
-            gradients = torch.where(guard.skip > 0, 0.0, gradients * guard.scale)
-            # Momentum and beta2 of 1 keep the buffers as they are.
-            momentum, beta2 = (value + (1 - value) * guard.skip for value in (momentum, beta2))
-            lr = lr * (1 - guard.skip)
-        momentum_buffer, second_moment = buffers
-        constants = (group["ns_steps"], MUON_VARIANTS[group["variant"]], self._dtype)
-        if self._compiled:
-            # As tensors, because another Python number would be another compilation.
-            scalars = (torch.as_tensor(value, dtype=torch.float32) for value in (lr, momentum, beta2, decay))
-            lr, momentum, beta2, decay = scalars
-            try:
-                self._compiled(
-                    stack, gradients, momentum_buffer, second_moment, lr, momentum, beta2, decay, *constants
-                )
-                return
-            except _compiler_errors() as error:
-                self._compiled = None
-                print0(f"optimizer: not compiled ({str(error).strip().splitlines()[0]})")
-        muon_update(stack, gradients, momentum_buffer, second_moment, lr, momentum, beta2, decay, *constants)
-
-
-def _compiler_errors() -> type[Exception]:
-    from torch._dynamo.exc import TorchDynamoException  # takes seconds, so only once it is needed
-
-    return TorchDynamoException
+        torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32,
+    )  # fmt: skip

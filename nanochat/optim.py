@@ -1,7 +1,7 @@
 """MuonAdamW: one optimizer for one rank and for many, with its work and state dealt out over the ranks.
 
-A step has three phases, so that communication hides behind computation: launch every gradient reduction; for
-each unit in turn wait for its gradient, update the own rows and launch their gather; wait for the gathers.
+A step launches every gradient reduction, measures the whole gradient, then updates unit after unit, each one's gather
+under way while the next is computed. Only the whole gradient says whether the step may change anything at all.
 A unit is what travels together: one AdamW parameter, or all equally shaped Muon matrices as one stack.
 Gradients are summed over ranks, not averaged: the loss is already divided by the global token count.
 """
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanochat.common import UserError, World
-from nanochat.muon import MUON_VARIANTS, Guard, MatrixUpdate, adamw_update
+from nanochat.muon import MUON_VARIANTS, Guard, adamw_update, update_group
 from nanochat.sharding import Flight, Share
 
 # Below this many elements a parameter is all-reduced and updated everywhere: latency outweighs the sharing.
@@ -33,8 +33,8 @@ class MuonAdamW:
 
     param_groups: dicts with params, kind "adamw" (lr, betas, eps, weight_decay) or "muon" (equally shaped 2-D
     params; lr, momentum, ns_steps, beta2, weight_decay, optionally variant, a key of MUON_VARIANTS).
-    compute_dtype: bfloat16 runs Muon's matrix products in it, anything else in fp32. compile: compile the Muon
-    update, which falls back to eager where no compiler works. Raises ValueError for groups that make no sense.
+    compute_dtype: bfloat16 runs Muon's matrix products in it, anything else in fp32. Raises ValueError for groups
+    that make no sense.
     """
 
     def __init__(
@@ -42,16 +42,13 @@ class MuonAdamW:
         param_groups: Iterable[dict[str, Any]],
         world: World | None = None,
         compute_dtype: torch.dtype = torch.float32,
-        *,
-        compile: bool = False,
     ) -> None:
         self._rank, self._size = (world.rank, world.size) if world else (0, 1)
         self.param_groups: list[dict[str, Any]] = [_checked(group) for group in param_groups]
-        matrix_update = MatrixUpdate(compute_dtype, compile)
         self._units: list[tuple[dict[str, Any], _AdamWUnit | _MuonUnit]] = []
         for group, first in zip(self.param_groups, self._first_indices(), strict=True):
             if group["kind"] == "muon":
-                unit = _MuonUnit(group["params"], first, self._rank, self._size, matrix_update)
+                unit = _MuonUnit(group["params"], first, self._rank, self._size, compute_dtype)
                 self._units.append((group, unit))
             else:
                 for i, param in enumerate(group["params"], first):
@@ -63,20 +60,16 @@ class MuonAdamW:
         return [sum(sizes[:i]) for i in range(len(sizes))]
 
     @torch.no_grad()
-    def step(
-        self, *, clip_norm: float = 0.0, skip: Tensor | None = None, loss_scale: float = 1.0
-    ) -> Tensor | None:
+    def step(self, *, clip_norm: float = 0.0, skip: Tensor | None = None, loss_scale: float = 1.0) -> Tensor:
         """Sum the gradients over the ranks and update every parameter; afterwards all ranks are identical.
 
-        With any option, returns the norm of the whole gradient (0-dim fp32 on the device, before clipping):
-        clip_norm > 0 scales the gradient down to that norm; loss_scale is what the loss was multiplied by; skip is
-        a 0-dim bool, the same on all ranks. Where it is true, and with any option where the norm is not finite,
-        the step is a no-op, state included. No host sync.
+        Returns the norm of the whole gradient, 0-dim fp32 on the device, before clipping. clip_norm > 0 scales the
+        gradient down to that norm; loss_scale is what the loss was multiplied by; skip is a 0-dim bool, the same on
+        all ranks. Where it is true or the norm is not finite, the step is a no-op, state included. No host sync.
         With one rank, parameters without a gradient are left alone; with more, they are a RuntimeError.
         """
-        guarded = clip_norm > 0 or skip is not None or loss_scale != 1.0
         reductions = deque(unit.reduce() for _, unit in self._units)
-        guard = self._guard(reductions, clip_norm, skip, loss_scale) if guarded else None
+        guard = self._guard(reductions, clip_norm, skip, loss_scale)
         gathers = []
         for group, unit in self._units:
             reduction = reductions.popleft()  # so that its buffer is freed as soon as the unit is done
@@ -84,19 +77,19 @@ class MuonAdamW:
         for (_, unit), gather in zip(self._units, gathers, strict=True):
             if gather:
                 unit.finish(gather.wait())
-        return guard.norm if guard else None
+        return guard.norm
 
     def _guard(
         self, reductions: Iterable[Flight | None], clip_norm: float, skip: Tensor | None, loss_scale: float
     ) -> Guard:
-        """Waits for all gradients, so it gives up the overlap. What all ranks hold is counted by rank 0 alone."""
+        """Waits for all gradients. What all ranks hold is counted by rank 0 alone."""
         pairs = [
             (unit, flight.wait()) for (_, unit), flight in zip(self._units, reductions, strict=True) if flight
         ]
         counted = [gradient for unit, gradient in pairs if self._rank == 0 or not unit.replicated]
-        total = (
-            torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in counted]).square().sum()
-        )
+        nothing = torch.zeros((), device=self.param_groups[0]["params"][0].device)
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in counted]
+        total = torch.stack([nothing, *norms]).square().sum()
         if self._size > 1:
             dist.all_reduce(total)
         norm = total.sqrt() / loss_scale
@@ -213,14 +206,13 @@ class _AdamWUnit:
             return Flight(gradient, work=dist.all_reduce(gradient, async_op=True))
         return self._share.reduce(gradient)
 
-    def update(self, group: dict[str, Any], gradient: Tensor, guard: Guard | None) -> Flight:
+    def update(self, group: dict[str, Any], gradient: Tensor, guard: Guard) -> Flight:
         table = self._param.detach()
         own = self._share.own(table)
         if own.numel():
             adamw_update(
                 own, gradient, self._buffers["exp_avg"], self._buffers["exp_avg_sq"], self._step,
-                group["lr"], group["betas"], group["eps"], group["weight_decay"],
-                guard.scale if guard else None, guard.skip if guard else None,
+                group["lr"], group["betas"], group["eps"], group["weight_decay"], guard,
             )  # fmt: skip
         return self._share.gather(own, into=table)
 
@@ -248,10 +240,10 @@ class _MuonUnit:
     replicated = False
 
     def __init__(
-        self, params: Sequence[Tensor], index: int, rank: int, size: int, matrix_update: MatrixUpdate
+        self, params: Sequence[Tensor], index: int, rank: int, size: int, compute_dtype: torch.dtype
     ) -> None:
         self.index = index
-        self._params, self._update = params, matrix_update
+        self._params, self._compute_dtype = params, compute_dtype
         self._share = Share(len(params), rank, size)
         self._own_params = params[rank * self._share.per_rank : (rank + 1) * self._share.per_rank]
         num_rows, num_columns = params[0].shape
@@ -269,7 +261,7 @@ class _MuonUnit:
             raise _missing_gradient(self.index + i, self._params[i])
         return self._share.reduce(torch.stack(gradients).float()) if gradients else None
 
-    def update(self, group: dict[str, Any], gradients: Tensor, guard: Guard | None) -> Flight:
+    def update(self, group: dict[str, Any], gradients: Tensor, guard: Guard) -> Flight:
         # Where all have a gradient, indexing would copy the state for nothing.
         present = [i for i, param in enumerate(self._own_params) if param.grad is not None]
         partial = len(present) < len(self._own_params)
@@ -277,7 +269,7 @@ class _MuonUnit:
         buffers = [buffer[present] for buffer in whole] if partial else whole
         stack = torch.stack([self._own_params[i].detach() for i in present]).float() if present else gradients
         if present:
-            self._update(group, stack, gradients, buffers, guard)
+            update_group(group, stack, gradients, buffers, guard, self._compute_dtype)
         if partial:
             for buffer, part in zip(whole, buffers, strict=True):
                 buffer[present] = part

@@ -272,7 +272,6 @@ class TrainingRun:
             clip_norm=self.plan.clip_norm, skip=unusable, loss_scale=self.state.loss_scale
         )
         self.model.zero_grad(set_to_none=True)
-        assert norm is not None
         numbers = torch.stack([loss, norm, targets.float()]).tolist()
         self._note_usable(*numbers)
         return numbers[0], numbers[1]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
 
 from nanochat.common import UserError
-from nanochat.muon import MUON_VARIANTS, NEWTON_SCHULZ, adamw_update, orthogonalise
+from nanochat.muon import MUON_VARIANTS, NEWTON_SCHULZ, Guard, adamw_update, orthogonalise
 from nanochat.optim import MuonAdamW
 
 ADAMW = {"kind": "adamw", "lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.1}
@@ -170,12 +167,13 @@ def adamw_by_formula(w, g, m, v, t, lr, betas, eps, decay):
     "eps", [1e-10, 1.0]
 )  # a large eps shows where it stands relative to the bias correction
 def test_adamw_arithmetic_is_fp32_whatever_the_storage(dtype, eps):
+    guard = Guard(torch.ones(()), scale=torch.ones(()), skip=torch.zeros(()))
     w = torch.randn(257).to(dtype)
     m, v, step = torch.zeros_like(w), torch.zeros_like(w), torch.zeros(())
     for t in range(1, 6):
         g = torch.randn(257).to(dtype)
         expected = adamw_by_formula(w, g, m, v, t, 0.01, (0.8, 0.995), eps, 0.1)
-        adamw_update(w, g.clone(), m, v, step, 0.01, (0.8, 0.995), eps, 0.1)
+        adamw_update(w, g.clone(), m, v, step, 0.01, (0.8, 0.995), eps, 0.1, guard)
         # bf16: the same number up to the last of its 8 bits, where fp32 results straddle a rounding boundary
         tolerance = {"rtol": 1e-6, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-6}
         for ours, theirs in zip((w, m, v), expected, strict=True):
@@ -350,7 +348,6 @@ def test_clipping_equals_clipping_beforehand():
         norm = clipped.step(clip_norm=2.0)
         expected = torch.nn.utils.clip_grad_norm_(params_of(theirs), 2.0)
         reference.step()
-        assert norm is not None
         torch.testing.assert_close(norm, expected.float(), rtol=1e-3, atol=0)
     for a, b in zip(params_of(ours), params_of(theirs), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-5 if a.dtype == torch.float32 else 2e-2)
@@ -384,7 +381,7 @@ def test_nonfinite_gradient_turns_the_step_into_a_no_op(poison, victim):
         if i == victim:
             param.grad.view(-1)[0] = poison
     norm = optimizer.step(skip=torch.tensor(False))
-    assert norm is not None and not norm.isfinite()
+    assert not norm.isfinite()
     assert all(torch.equal(a, b) for a, b in zip(params_of(groups), before, strict=True))
     after = optimizer.full_state_dict()["state"]
     for index, entry in state.items():
@@ -395,55 +392,3 @@ def test_nonfinite_gradient_turns_the_step_into_a_no_op(poison, victim):
     train(MuonAdamW(straight), range(4))
     for a, b in zip(params_of(groups), params_of(straight), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-
-
-# --- compilation -------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_compiled_equals_eager_and_does_not_recompile_for_new_hyperparameters():
-    from nanochat.compilation import should_compile
-
-    available, why = should_compile("auto", torch.device("cpu"))
-    if not available:
-        pytest.skip(why)
-    eager_groups, compiled_groups = tiny_groups(), tiny_groups()
-    eager, compiled = MuonAdamW(eager_groups), MuonAdamW(compiled_groups, compile=True)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    for step in range(4):
-        for optimizer in (eager, compiled):
-            for group in optimizer.param_groups[2:]:
-                group.update(lr=0.02 / (step + 1), momentum=0.9 + 0.01 * step, weight_decay=0.1 * step)
-            train(optimizer, range(step, step + 1))
-        if step == 0:
-            after_first = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert (
-        torch._dynamo.utils.counters["stats"]["unique_graphs"] == after_first == 2
-    )  # one for each Muon shape
-    for a, b in zip(params_of(eager_groups), params_of(compiled_groups), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
-
-
-WITHOUT_COMPILER = """
-import torch
-from nanochat.optim import MuonAdamW
-param = torch.nn.Parameter(torch.randn(4, 4))
-group = dict(kind="muon", params=[param], lr=0.02, momentum=0.95, ns_steps=5, beta2=0.9, weight_decay=0.0)
-optimizer = MuonAdamW([group], compile=True)
-before = param.detach().clone()
-param.grad = torch.randn(4, 4)
-optimizer.step()
-optimizer.step()
-assert not torch.equal(param, before) and param.isfinite().all()
-"""
-
-
-@pytest.mark.slow
-def test_falls_back_to_eager_where_the_compiler_does_not_work(tmp_path):
-    import os
-
-    env = os.environ | {"CXX": "/bin/false", "PATH": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    result = subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("not compiled") == 1
