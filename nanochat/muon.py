@@ -177,8 +177,9 @@ def update_group(
     gradients = torch.where(guard.skip > 0, 0.0, gradients * guard.scale)
     # Momentum and beta2 of 1 keep the buffers as they are.
     momentum, beta2 = (value + (1 - value) * guard.skip for value in (momentum, beta2))
+    momentum_buffer, second_moment = buffers
     muon_update(
-        stack, gradients, *buffers, lr * (1 - guard.skip), momentum, beta2, group["weight_decay"],
+        stack, gradients, momentum_buffer, second_moment, lr * (1 - guard.skip), momentum, beta2, group["weight_decay"],
         group["ns_steps"], MUON_VARIANTS[group["variant"]],
         # fp16 has too little range for the iteration, so it runs in fp32 there.
         torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32,
