@@ -138,10 +138,10 @@ def update_meta(directory: Path, step: int, changes: dict) -> None:
     write_json(path, read_json(path) | changes)
 
 
-def delete_checkpoints(directory: Path) -> None:
-    """Delete all checkpoints of a folder and say so. Raises UserError where that would be for ever."""
+def delete_checkpoints(directory: Path, after: int = -1) -> None:
+    """Delete the checkpoints of a folder after a step and say so. Raises UserError where that would be for ever."""
     refuse_irreplaceable(directory)
-    if steps := list_steps(directory):
+    if steps := [step for step in list_steps(directory) if step > after]:
         print0(f"deleting the checkpoints of an earlier run in {directory}: steps {steps}")
     for step in steps:
         _delete(directory, step)

@@ -280,10 +280,7 @@ def make_optimizer(
             why = "no optimizer state" if state is None else "an optimizer state of other parameters"
             print0(f"the source has {why}; starting with a fresh one")
         else:
-            settings = [dict(group) for group in optimizer.param_groups]
             optimizer.load_full_state_dict(state)
-            for group, own in zip(optimizer.param_groups, settings, strict=True):
-                group.update(own)  # the moments are the source's, the rates are this run's
     return optimizer
 
 

@@ -131,7 +131,7 @@ class MuonAdamW:
 
     @torch.no_grad()
     def load_full_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over state and hyper-parameters from full_state_dict, whatever number of ranks wrote it.
+        """Take over the moments from full_state_dict, whatever number of ranks wrote it; hyper-parameters stay.
 
         Every rank calls it with the whole. Raises UserError, before anything changes, if it does not fit.
         """
@@ -146,8 +146,6 @@ class MuonAdamW:
             unit.check(entry)
         for unit, entry in entries:
             unit.load(entry)
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({key: saved[key] for key in group if key in saved and key != "params"})
 
 
 def _layout(groups: Iterable[dict[str, Any]]) -> list[tuple[str, int]]:

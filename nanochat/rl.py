@@ -135,13 +135,14 @@ class Surrogate:
 class RLPlan(RunPlan):
     """What the loop needs besides model, optimizer and task."""
 
+    task: str
     examples_per_step: int  # over all ranks
     device_batch_size: int
     surrogate: Surrogate = Surrogate()
 
     @property
-    def identity(self) -> dict[str, int]:
-        return {**super().identity, "examples_per_step": self.examples_per_step}
+    def identity(self) -> dict[str, Value]:
+        return {**super().identity, "examples_per_step": self.examples_per_step, "task": self.task}
 
 
 def train_rl(
@@ -199,7 +200,8 @@ def _step(plan: RLPlan, run: TrainingRun, task: RewardedTask, sampler: GroupSamp
     lengths = [len(answer.tokens) for group in groups for answer in group.answers]
     cut = sum(not answer.ended_by_token for group in groups for answer in group.answers)
     sums = [num_tokens, sum(rewards), sum(lengths), len(rewards), len(informative), len(groups), cut]
-    counts = world.sum(torch.tensor(sums, dtype=torch.float64, device=world.device))
+    dtype = torch.float32 if world.device.type == "mps" else torch.float64  # which has no float64
+    counts = world.sum(torch.tensor(sums, dtype=dtype, device=world.device))
     totals = counts.tolist()
 
     # With no informative group anywhere the gradient is zero, but Muon's momentum would still move the weights.

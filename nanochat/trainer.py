@@ -73,7 +73,7 @@ class TrainingPlan(RunPlan):
     objective: Objective = field(default_factory=NextToken)
 
     @property
-    def identity(self) -> dict[str, int]:
+    def identity(self) -> dict[str, Value]:
         return {**super().identity, "total_batch_size": self.total_batch_size}
 
     def progress(self, step: int) -> dict[str, Value]:

@@ -6,6 +6,7 @@ keeps a run from being lost is here, once.
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import time
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -40,6 +42,7 @@ from nanochat.tokenizer import RustBPETokenizer
 
 MAX_SKIPPED_IN_A_ROW = 20  # non-finite updates before the run gives up
 ECHO_S = 2.0  # a launcher passes on the signal that the terminal has sent to every process already
+UNSAVED_S = 600.0  # what an evaluation that fails may cost at most: after so long it waits for a checkpoint
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class RunPlan:
     extra_meta: dict = field(default_factory=dict)
 
     @property
-    def identity(self) -> dict[str, int]:
+    def identity(self) -> dict[str, Value]:
         """What a run cannot change when it goes on after an interruption."""
         return {"num_steps": self.schedule.num_steps}
 
@@ -129,17 +132,40 @@ def find_resume_point(directory: Path, world: World, resume: str) -> Checkpoint 
     return None if step < 0 else Checkpoint.open(directory, step)
 
 
+def changed_settings(before: dict, now: dict) -> list[str]:
+    """`--name=value (was value)` for every setting that another value is given for, but for where to stop and save."""
+    names = sorted(before.keys() & now.keys() - {"run", "resume", "save_every", "keep_last"})
+    pairs = [(name, *(json.loads(json.dumps(values[name])) for values in (now, before))) for name in names]
+    return [f"--{name.replace('_', '-')}={new} (was {old})" for name, new, old in pairs if new != old]
+
+
+@dataclass
+class Stop:
+    """Signals to stop: when they came, and whether the next one may interrupt what is running."""
+
+    received: list[float] = field(default_factory=list)
+    at_once: bool = False
+
+    def is_requested(self, world: World) -> bool:
+        """Whether a signal has reached any rank."""
+        if world.size == 1:
+            return bool(self.received)
+        return bool(world.max(torch.tensor([len(self.received)], device=world.device)))
+
+
 @contextmanager
-def graceful_stop() -> Iterator[list[float]]:
-    """Collect the times of SIGTERM and SIGINT instead of dying; a second signal, ECHO_S later, acts as usual."""
-    received: list[float] = []
+def graceful_stop() -> Iterator[Stop]:
+    """Collect SIGTERM and SIGINT instead of dying; a second signal, ECHO_S later, acts as usual."""
+    stop = Stop()
     old = {}
 
     def remember(number: int, frame: object) -> None:
-        if received and time.monotonic() - received[0] > ECHO_S:
+        if stop.received and time.monotonic() - stop.received[0] > ECHO_S:
             signal.signal(number, old[number])
             signal.raise_signal(number)
-        received.append(time.monotonic())
+        stop.received.append(time.monotonic())
+        if stop.at_once:
+            raise KeyboardInterrupt
 
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -147,17 +173,10 @@ def graceful_stop() -> Iterator[list[float]]:
     except ValueError:  # not in the main thread: whoever embeds the loop handles signals
         old = {}
     try:
-        yield received
+        yield stop
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def stop_requested(received: list[float], world: World) -> bool:
-    """Whether a signal has reached any rank."""
-    if world.size == 1:
-        return bool(received)
-    return bool(world.max(torch.tensor([len(received)], device=world.device)))
 
 
 # --- the run -----------------------------------------------------------------------------------------
@@ -187,7 +206,7 @@ class TrainingRun:
         if resume_from is not None:
             self._restore(resume_from)
         self.first_step = self.state.step
-        self._saved_step = self.first_step if self.is_resumed else -1
+        self._saved_step, self._saved_at = self.first_step, time.monotonic()
         self.status = StatusLine(is_main=world.is_main)
         # Files are written while training goes on; leaving the `with` of the executor waits for the last one.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -212,6 +231,11 @@ class TrainingRun:
         saved["min_val_bpb"] = math.inf if saved["min_val_bpb"] is None else saved["min_val_bpb"]
         self.state, self.data_state = LoopState(**saved), meta["dataloader_state_dict"]
         print0(f"resuming {plan.stage} at step {self.state.step} from {checkpoint.directory}")
+        changed = changed_settings(meta.get("user_config") or {}, plan.settings)
+        if self.state.step >= plan.schedule.num_steps:
+            print0("  this run is finished; --resume=never starts over")
+        if changed:
+            print0(f"  settings that were others before: {', '.join(changed)}")
         now = {"world_size": self.world.size, "device_batch_size": plan.extra_meta.get("device_batch_size")}
         changes = [f"{name} {value} instead of {meta[name]}" for name, value in now.items()
                    if name in meta and meta[name] != value]  # fmt: skip
@@ -222,13 +246,15 @@ class TrainingRun:
         """Step until the schedule ends; save, then evaluate, as often as the plan says.
 
         step: makes one optimizer step, see update, counts it in the state and logs it. data_state: what the loader
-        needs to go on after the last batch. SIGTERM and Ctrl-C finish the running step, save, and raise
-        KeyboardInterrupt.
+        needs to go on after the last batch. SIGTERM and Ctrl-C finish the running step, or where there is one rank
+        leave the running evaluation, save, and raise KeyboardInterrupt.
         """
         plan, self._get_data_state = self.plan, data_state
         with exclusive(plan.directory, self.world.is_main):
             if self.world.is_main:
                 remove_leftovers(plan.directory)
+                if self.is_resumed:  # else a later --resume=auto would go on with what this run leaves behind
+                    delete_checkpoints(plan.directory, after=self.first_step)
             log = MetricsLog(
                 plan.directory,
                 is_main=self.world.is_main,
@@ -241,21 +267,24 @@ class TrainingRun:
                 self._loop(step, log, stop)
                 self._wait_for_files()
 
-    def _loop(self, step: Callable[[MetricsLog], None], log: MetricsLog, stop: list[float]) -> None:
+    def _loop(self, step: Callable[[MetricsLog], None], log: MetricsLog, stop: Stop) -> None:
         state, last_step = self.state, self.plan.schedule.num_steps
         while True:
             if self._save_due(last_step):
                 self._save()  # before evaluating
-            self._evaluate(log, last_step)
+            if state.step < last_step and stop.is_requested(self.world):
+                self._leave()
+            self._evaluate(log, last_step, stop)
             if state.step >= last_step:
                 self._save_results()
                 return
-            if stop_requested(stop, self.world):
-                self._save_at_once()
-                raise KeyboardInterrupt
             step(log)
             if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 self._give_up()
+
+    def _leave(self) -> NoReturn:
+        self._save_at_once()
+        raise KeyboardInterrupt
 
     # --- updates -------------------------------------------------------------------------------------
 
@@ -302,15 +331,26 @@ class TrainingRun:
 
     # --- around the steps ----------------------------------------------------------------------------
 
-    def _evaluate(self, log: MetricsLog, last_step: int) -> None:
+    def _evaluate(self, log: MetricsLog, last_step: int, stop: Stop) -> None:
         for evaluation in self.plan.evaluations:
             if not evaluation.is_due(self.state.step, last_step):
                 continue
+            if self.state.step >= last_step:
+                self._wait_for_files()  # what is killed from here on has lost nothing
             self.model.eval()
-            self._wait_for_files()  # an evaluation may fail or be killed; the model may not be lost
-            with torch.no_grad(), without_float8(self.model):
-                values = evaluation.measure(self.state.step)
-            self.model.train()
+            try:
+                # Of several ranks each would leave somewhere else, and wait for the others.
+                stop.at_once = self.world.size == 1
+                if stop.at_once and stop.received:
+                    raise KeyboardInterrupt
+                with torch.no_grad(), without_float8(self.model):
+                    values = evaluation.measure(self.state.step)
+            except KeyboardInterrupt:
+                stop.at_once = False
+                self._leave()
+            finally:
+                stop.at_once = False
+                self.model.train()
             if isinstance(bpb := values.get("val/bpb"), float):
                 self.state.min_val_bpb = min(self.state.min_val_bpb, bpb)
             self.state.results |= values
@@ -321,13 +361,19 @@ class TrainingRun:
 
     def _save_due(self, last_step: int) -> bool:
         step, every = self.state.step, self.plan.save_every
-        is_new = step > self.first_step
-        return self.plan.save and is_new and (step == last_step or (every > 0 and step % every == 0))
+        if not self.plan.save or step == self._saved_step:
+            return False
+        if step == last_step or (every > 0 and step % every == 0):
+            return True
+        if not any(evaluation.is_due(step, last_step) for evaluation in self.plan.evaluations):
+            return False
+        unsaved = torch.tensor([time.monotonic() - self._saved_at], device=self.world.device)
+        return bool(self.world.max(unsaved) > UNSAVED_S)
 
     def _save(self) -> None:
         """All ranks take part, because the optimizer state is spread over them; rank 0 writes, in the background."""
         plan, step, started = self.plan, self.state.step, time.perf_counter()
-        self._saved_step = step
+        self._saved_step, self._saved_at = step, time.monotonic()
         place = place_for(self.model)
         optimizer_state = self.optimizer.full_state_dict(place)
         if not self.world.is_main:

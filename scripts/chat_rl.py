@@ -75,6 +75,10 @@ def main(cfg: Config) -> None:
             raise UserError(
                 f"--examples-per-step={cfg.examples_per_step} is not a multiple of {world.size} ranks"
             )
+        if cfg.num_samples < 2:
+            raise UserError(
+                "--num-samples must be at least 2: an answer learns from how it differs from others"
+            )
         if cfg.num_updates < 1 or cfg.clip < 0 or cfg.kl < 0:
             raise UserError("--num-updates must be at least 1, --clip and --kl not negative")
         if cfg.clip > 0 and cfg.num_updates == 1:
@@ -111,6 +115,7 @@ def main(cfg: Config) -> None:
             keep_last=cfg.keep_last,
             clip_norm=cfg.clip_norm,
             extra_meta={"device_batch_size": cfg.device_batch_size},
+            task=cfg.task,
             examples_per_step=cfg.examples_per_step,
             device_batch_size=cfg.device_batch_size,
             surrogate=Surrogate(cfg.num_updates, cfg.clip, cfg.kl, reference),
@@ -171,12 +176,12 @@ def pass_at_k(
     ]
     answers = engine.complete_many(prompts, params)
     n = cfg.eval_samples
-    totals = torch.zeros(n + 1, device=world.device)
+    totals = torch.zeros(n + 1)
     for i, conversation in enumerate(conversations):
         texts = [tokenizer.decode(answer.content) for answer in answers[i * n : (i + 1) * n]]
         right = sum(task.reward(conversation, text) == 1.0 for text in texts)
         totals += torch.tensor([1.0, *(1 - comb(n - right, k) / comb(n, k) for k in range(1, n + 1))])
-    world.sum(totals)
+    totals = world.sum(totals.to(world.device)).cpu()
     return {f"pass@{k}": float(totals[k] / totals[0].clamp(min=1)) for k in range(1, n + 1)}
 
 

@@ -159,6 +159,55 @@ def test_other_settings_do_not_continue_a_run(tiny_run):
     assert list_steps(tiny_run / "base_checkpoints" / "t") == [2]
 
 
+def test_other_rates_take_effect_where_a_run_goes_on(tiny_run, capsys):
+    directory = tiny_run / "base_checkpoints" / "t"
+    run_here("base_train", save_every=3, keep_last=0)
+    run_here("base_train", resume="3", matrix_lr=0.0, embedding_lr=0.0, keep_last=0)
+    assert "--matrix-lr=0.0 (was 0.02)" in capsys.readouterr().out
+    before, after = weights(directory, 3), weights(directory, 6)
+    assert torch.equal(before["transformer.h.0.attn.c_q.weight"], after["transformer.h.0.attn.c_q.weight"])
+    assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+
+
+def test_going_back_leaves_nothing_of_the_other_branch(tiny_run, capsys):
+    directory = tiny_run / "base_checkpoints" / "t"
+    run_here("base_train", save_every=2, keep_last=0)
+    assert list_steps(directory) == [2, 4, 6]
+    capsys.readouterr()
+    with pytest.raises(UserError, match="num_steps"):
+        run_here("base_train", resume="2", num_iterations=9)
+    assert list_steps(directory) == [2, 4, 6], "nothing is deleted for a run that does not start"
+    run_here("base_train", resume="2", keep_last=0)
+    assert (
+        f"deleting the checkpoints of an earlier run in {directory}: steps [4, 6]" in capsys.readouterr().out
+    )
+    assert list_steps(directory) == [2, 6]
+
+
+def test_an_evaluation_that_fails_loses_nothing(tiny_run, monkeypatch):
+    results = iter([1.0])  # at the start; the next one, at step 3, fails
+    monkeypatch.setattr("nanochat.training_run.UNSAVED_S", 0.0)
+    monkeypatch.setattr("nanochat.loss_eval.evaluate_bpb", lambda *_: next(results))
+    with pytest.raises(StopIteration):
+        run_here("base_train")
+    assert list_steps(tiny_run / "base_checkpoints" / "t") == [3]
+
+
+def test_a_stop_does_not_wait_for_an_evaluation(tiny_run, monkeypatch):
+    steps = iter([0, 3])
+
+    def evaluate(*_) -> float:
+        if next(steps) == 3:
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("went on")
+        return 1.0
+
+    monkeypatch.setattr("nanochat.loss_eval.evaluate_bpb", evaluate)
+    with pytest.raises(KeyboardInterrupt):
+        run_here("base_train")
+    assert list_steps(tiny_run / "base_checkpoints" / "t") == [3]
+
+
 def test_non_finite_losses_are_skipped_and_end_the_run(tiny_run, monkeypatch):
     from nanochat.gpt import GPT
 
