@@ -12,14 +12,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from nanochat.common import UserError, World, peak_memory_bytes, print0, synchronize
+from nanochat.machine import free_ram
 from nanochat.scaling import accumulation_steps
 
 if TYPE_CHECKING:
@@ -154,16 +153,4 @@ def memory_for_this_process(device: torch.device) -> float:
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return peak_memory_bytes(device) + _free_ram() / processes
-
-
-def _free_ram() -> float:
-    """Bytes of RAM that could still be used, of the machine or of the container."""
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2  # where nobody says, half of all
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
-    with suppress(OSError, ValueError):  # no cgroup v2, or no limit ("max")
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    return max(free, 0)
+    return peak_memory_bytes(device) + free_ram() / processes

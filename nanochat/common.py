@@ -16,6 +16,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from nanochat.machine import usable_cores
+
 if TYPE_CHECKING:
     import torch
 
@@ -267,7 +269,11 @@ def autodetect_device_type() -> str:
 
 
 def check_device(device_type: str, index: int = 0) -> torch.device:
-    """The torch device for a type name; a UserError if it is unknown or not on this machine."""
+    """The torch device for a type name; a UserError if it is unknown or not on this machine.
+
+    Of a CPU this process takes its share of the cores: torch knows of no container's quota, and torchrun leaves each
+    rank a single one. OMP_NUM_THREADS decides where it is set (1, torchrun's own choice, counts for one rank only).
+    """
     import torch
 
     if device_type not in ("cuda", "mps", "cpu"):
@@ -280,6 +286,12 @@ def check_device(device_type: str, index: int = 0) -> torch.device:
         )
     if device_type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device-type=mps, but torch has no MPS here; use --device-type=cpu")
+    if device_type == "cpu":
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if ranks > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+            torch.set_num_threads(max(1, usable_cores() // ranks))
+        elif "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     return torch.device(device_type, index) if device_type == "cuda" else torch.device(device_type)
 
 

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from nanochat.common import UserError
+from nanochat.machine import usable_cores
 
 # US dollars per GPU and hour, typical on-demand prices of late 2025; first row whose name occurs decides.
 _HOURLY_USD = (
@@ -126,20 +127,6 @@ def _walk(root: Path) -> list[str]:
 
 
 # --- the machine -------------------------------------------------------------------------------------
-
-
-def usable_cores() -> int:
-    """Cores this process may use: affinity mask and container quota included."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS, Windows
-        cores = os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no cgroup v2, or the quota is "max"
-        pass
-    return cores
 
 
 def gpus() -> tuple[Gpu, ...]:

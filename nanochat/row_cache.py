@@ -8,7 +8,6 @@ L layers.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -18,6 +17,7 @@ from nanochat.cpu_decode import CpuDecoder
 from nanochat.cuda_decode import CudaDecoder
 from nanochat.gpt import GPTConfig
 from nanochat.kv_cache import Cache, Chunk, real_lengths
+from nanochat.machine import total_ram
 
 BLOCK = 32  # positions per block of a reusable prefix
 SLOT_STEP = 64  # lengths are multiples of this, so that growing is rare
@@ -49,13 +49,11 @@ def round_up(count: int, step: int) -> int:
 
 
 def default_cache_bytes(device: torch.device) -> int:
-    """Memory for keys and values: on a GPU 80 % of what is free, elsewhere a quarter of the machine's."""
+    """Memory for keys and values: on a GPU 80 % of what is free, elsewhere a quarter of the machine's or container's."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(0.8 * (torch.cuda.mem_get_info(device)[0] + cached))
-    if not hasattr(os, "sysconf"):  # Windows
-        return 2 << 30
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    return total_ram() // 4
 
 
 class RowCache:

@@ -32,7 +32,7 @@ def main(cfg: Config) -> None:
     """Report the overlap of the training shards with the test sets, and save it as JSON."""
     from nanochat.contamination import Index, judge, scan
     from nanochat.dataset import split_files
-    from nanochat.environment import usable_cores
+    from nanochat.machine import usable_cores
     from nanochat.report import get_report
     from nanochat.report_render import table
 

@@ -59,7 +59,8 @@ def main(cfg: Config) -> None:
 def make_plan(cfg: Config):
     """The plan for this machine, and why it was chosen."""
     from nanochat import plans
-    from nanochat.environment import gpus, usable_cores
+    from nanochat.environment import gpus
+    from nanochat.machine import usable_cores
     from nanochat.tinyworld_plan import tinyworld_plan
 
     wants_tinyworld = cfg.plan == "tinyworld" or (
