@@ -15,7 +15,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from nanochat.common import UserError
-from nanochat.gpt import GPTConfig
+from nanochat.network_config import GPTConfig
 
 CONFIG_VERSION = 3
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from nanochat.common import device_name, print0, synchronize
 from nanochat.memory import Memory, Setting, training_memory
 from nanochat.metrics import duration
+from nanochat.network_config import GPTConfig
 from nanochat.scaling import Horizon, accumulation_steps
-from nanochat.sizing import Shape, flops_per_token, parameters
+from nanochat.sizing import flops_per_token, parameters
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,7 @@ class Batch:
 
 
 def fitting_batch(
-    shape: Shape, setting: Setting, total_batch_size: int, candidates: Sequence[int], limit: float
+    config: GPTConfig, setting: Setting, total_batch_size: int, candidates: Sequence[int], limit: float
 ) -> Batch:
     """The largest of the candidates that is expected to fit, with activations computed again only where nothing else
     fits; the smallest of them if nothing does."""
@@ -42,13 +43,13 @@ def fitting_batch(
         for recompute in sorted({setting.recompute, True})
         for rows in sorted(candidates, reverse=True)
     ]
-    batches = [_batch(shape, one, total_batch_size) for one in tries]
+    batches = [_batch(config, one, total_batch_size) for one in tries]
     return next((batch for batch in batches if batch.memory.peak <= limit), batches[-1])
 
 
-def _batch(shape: Shape, setting: Setting, total_batch_size: int) -> Batch:
-    steps = accumulation_steps(total_batch_size, setting.rows, shape.sequence_len, setting.world_size)
-    memory = training_memory(shape, replace(setting, accumulation=steps))
+def _batch(config: GPTConfig, setting: Setting, total_batch_size: int) -> Batch:
+    steps = accumulation_steps(total_batch_size, setting.rows, config.sequence_len, setting.world_size)
+    memory = training_memory(config, replace(setting, accumulation=steps))
     return Batch(setting.rows, steps, setting.recompute, memory)
 
 
@@ -69,18 +70,18 @@ def product_speed(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def describe(
-    shape: Shape, horizon: Horizon, batch: Batch, world_size: int, device: torch.device, dtype: torch.dtype,
+    config: GPTConfig, horizon: Horizon, batch: Batch, world_size: int, device: torch.device, dtype: torch.dtype,
     limit: float,
 ) -> None:  # fmt: skip
     """Print everything. limit: bytes that this process could use."""
     from nanochat.environment import gpus, hourly_usd
 
-    for name, count in parameters(shape).items():
+    for name, count in parameters(config).items():
         print0(f"  {name:<22} {count:>16,}")
-    per_token = flops_per_token(shape)
+    per_token = flops_per_token(config)
     flops = per_token * horizon.num_tokens
     print0(f"FLOPs: {per_token:.3e} per token, {flops:.3e} in all")
-    factors = f"{batch.rows} rows x {shape.sequence_len} tokens x {world_size} ranks x {batch.accumulation} accumulation"
+    factors = f"{batch.rows} rows x {config.sequence_len} tokens x {world_size} ranks x {batch.accumulation} accumulation"
     print0(f"batch: {horizon.total_batch_size:,} tokens = {factors}")
     print0(f"horizon: {horizon.num_steps:,} steps, {horizon.num_tokens:,} tokens (from {horizon.source})")
     print0("memory per rank, estimated:")
@@ -91,9 +92,8 @@ def describe(
     print0(
         f"  {'peak':<22} {batch.memory.peak / 2**30:>10.2f} GiB, {verdict} the {limit / 2**30:.2f} GiB that are free"
     )
-    if device.type == "cpu" and sys.platform.startswith(
-        "linux"
-    ):  # holes, see keep_freed_memory: 1.2 to 2.6 times
+    # Holes, see keep_freed_memory: 1.2 to 2.6 times.
+    if device.type == "cpu" and sys.platform.startswith("linux"):
         print0("  freed blocks are kept, which is faster: the process grows to about 1.7 times that")
     speed = _STEP_SHARE.get(device.type, 0.5) * product_speed(device, dtype)
     seconds = flops / (speed * world_size)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.common import UserError
+from nanochat.memory import CPU_MATERIALISE_UP_TO
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
@@ -77,11 +78,6 @@ def _load_cpp() -> Attend:
         return attention(q, k, v, window) if fits(q) else _torch_attention(q, k, v, window)
 
     return attend
-
-
-# torch's flash kernel takes 28 ms forward and backward for (16, 256, 4, 64) in bf16 on 2 cores, three times the
-# products and the softmax written out, which cost B * H * T^2 memory (LOG 2026-11-21).
-CPU_MATERIALISE_UP_TO = 1024
 
 
 class _Softmax(torch.autograd.Function):

@@ -8,9 +8,8 @@ B batch, T time, C width (n_embd), H heads, D head size, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,96 +17,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanochat.common import ROTARY_FACTOR, UserError
+from nanochat.common import ROTARY_FACTOR
 from nanochat.flash_attention import cached_attention, causal_attention
 from nanochat.head_loss import head_loss
 from nanochat.kv_cache import Cache, Chunk, ContextOverflow
+from nanochat.network_config import SMEAR_CHANNELS, GPTConfig
+from nanochat.sizing import flops_per_token, parameters
 
 if TYPE_CHECKING:
     from nanochat.common import World
     from nanochat.optim import MuonAdamW
 
 NORM_EPS = 2.0**-23  # torch's default, fixed here because older releases used the input dtype's epsilon
-SMEAR_CHANNELS = 24
-PAD_VOCAB_TO = 64
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """Sizes and architecture of a network; defaults are the modern one. Stored in every checkpoint."""
-
-    sequence_len: int = 2048
-    vocab_size: int = 32768
-    n_layer: int = 12
-    n_head: int = 6
-    n_kv_head: int = 6
-    n_embd: int = 768
-    window_pattern: str = "SSSL"
-    rope_base: float = 100_000.0
-    rope_dtype: str = "compute"  # "bfloat16" emulates the rounding of early checkpoints
-    qk_scale: float = 1.2
-    logit_softcap: float = 15.0
-    short_window_divisor: int = 4
-    short_window_multiple: int = 128
-    use_lambdas: bool = True
-    use_value_embeds: bool = True
-    ve_gate_channels: int = 12
-    ve_gate_scale: float = 3.0
-    use_smear: bool = True
-    use_backout: bool = True
-    tie_embeddings: bool = False  # one table to read tokens and to write them
-
-    @classmethod
-    def modern(cls, **sizes) -> GPTConfig:
-        return cls(**sizes)
-
-    @classmethod
-    def classic(cls, **sizes) -> GPTConfig:
-        """What the Hugging Face NanoChat model implements."""
-        plain = cls(
-            window_pattern="L", rope_base=10_000.0, qk_scale=1.0, use_lambdas=False,
-            use_value_embeds=False, use_smear=False, use_backout=False,
-        )  # fmt: skip
-        return replace(plain, **sizes)
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            kind = type(getattr(GPTConfig, name))  # of the default
-            fits = type(value) is kind or (kind is float and type(value) is int)
-            if not fits or (kind in (int, float) and not 0 < value < math.inf):
-                raise UserError(f"{name} cannot be {value!r}")
-        if self.rope_dtype not in ("compute", "bfloat16"):
-            raise UserError(f"rope_dtype {self.rope_dtype!r} is neither compute nor bfloat16")
-        if self.n_embd % self.n_head:
-            raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        if self.n_kv_head > self.n_head or self.n_head % self.n_kv_head:
-            raise UserError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
-        if self.head_dim % 2:
-            raise UserError(f"head size {self.head_dim} must be even for rotary positions")
-        if not self.window_pattern or set(self.window_pattern.upper()) - set("SL"):
-            raise UserError(f"window_pattern {self.window_pattern!r} may hold only S and L")
-
-    @property
-    def head_dim(self) -> int:
-        return self.n_embd // self.n_head
-
-    @property
-    def padded_vocab_size(self) -> int:
-        return -(-self.vocab_size // PAD_VOCAB_TO) * PAD_VOCAB_TO
-
-    @property
-    def window_sizes(self) -> list[int]:
-        """Left window of each layer: the pattern repeated, but the last layer always sees everything."""
-        part = -(-self.sequence_len // self.short_window_divisor)
-        short = -(-part // self.short_window_multiple) * self.short_window_multiple
-        sizes = {"S": short, "L": self.sequence_len}
-        pattern = self.window_pattern.upper()
-        windows = [sizes[pattern[i % len(pattern)]] for i in range(self.n_layer)]
-        return [*windows[:-1], self.sequence_len]
-
-    def has_value_embed(self, layer: int) -> bool:
-        """Every second layer, counted so that the last one has a value embedding."""
-        return self.use_value_embeds and layer % 2 == (self.n_layer - 1) % 2
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
@@ -157,10 +78,9 @@ class Attention(nn.Module):
         self.layer, self.window, self.head_dim = layer, config.window_sizes[layer], config.head_dim
         self.qk_scale, self.gate_channels = config.qk_scale, config.ve_gate_channels
         self.gate_scale = config.ve_gate_scale
-        kv_width = config.n_kv_head * config.head_dim
         self.c_q = Linear(config.n_embd, config.n_embd)
-        self.c_k = Linear(config.n_embd, kv_width)
-        self.c_v = Linear(config.n_embd, kv_width)
+        self.c_k = Linear(config.n_embd, config.kv_width)
+        self.c_v = Linear(config.n_embd, config.kv_width)
         self.c_proj = Linear(config.n_embd, config.n_embd)
         if config.has_value_embed(layer):
             self.ve_gate = Linear(config.ve_gate_channels, config.n_kv_head)
@@ -231,10 +151,8 @@ class GPT(nn.Module):
             self.smear_lambda = nn.Parameter(torch.empty(1))
         if config.use_backout:
             self.backout_lambda = nn.Parameter(torch.empty(1))
-        kv_width = config.n_kv_head * config.head_dim
-        self.value_embeds = nn.ModuleDict(
-            {str(i): Embedding(vocab, kv_width) for i in range(config.n_layer) if config.has_value_embed(i)}
-        )
+        with_embed = filter(config.has_value_embed, range(config.n_layer))
+        self.value_embeds = nn.ModuleDict({str(i): Embedding(vocab, config.kv_width) for i in with_embed})
         for name in ("cos", "sin"):
             self.register_buffer(name, torch.empty(0), persistent=False)
 
@@ -412,22 +330,11 @@ class GPT(nn.Module):
 
     def num_scaling_params(self) -> dict[str, int]:
         """Parameters by kind; `transformer_matrices` + `lm_head` is the count that scaling laws use."""
-        counts = {
-            "wte": 0 if self.config.tie_embeddings else self.wte.weight.numel(),  # counted as the head
-            "value_embeds": sum(p.numel() for p in self.value_embeds.parameters()),
-            "lm_head": self.lm_head.weight.numel(),
-            "transformer_matrices": sum(p.numel() for p in self.transformer["h"].parameters()),
-        }
-        total = sum(p.numel() for p in self.parameters())
-        return {**counts, "scalars": total - sum(counts.values()), "total": total}
+        return parameters(self.config)
 
     def estimate_flops(self) -> int:
-        """FLOPs per trained token, forward and backward: 6 per matrix weight plus attention's products."""
-        matrices = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
-        if self.config.use_smear:
-            matrices -= SMEAR_CHANNELS
-        length, width = self.config.sequence_len, self.config.n_embd
-        return 6 * matrices + sum(12 * width * min(window, length) for window in self.config.window_sizes)
+        """FLOPs per trained token, forward and backward."""
+        return flops_per_token(self.config)
 
     # --- optimiser -------------------------------------------------------------------------------
 

@@ -7,15 +7,11 @@ layers of the source rest, what they know cannot be overwritten; a later stage t
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from nanochat.common import UserError
-from nanochat.gpt import GPT
-
-if TYPE_CHECKING:
-    from nanochat.gpt import GPTConfig
+from nanochat.gpt import GPT, GPTConfig
 
 
 def deeper(config: GPTConfig, add_layers: int) -> GPTConfig:

@@ -15,9 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Logits at a time. Large enough to keep a GPU's matrix units busy, small enough for a processor's cache.
-_CHUNK_LOGITS = {"cuda": 2**26}
-_CHUNK_LOGITS_ELSEWHERE = 2**21
+from nanochat.memory import CHUNK_LOGITS_CUDA, CHUNK_LOGITS_ELSEWHERE
 
 
 def head_loss(
@@ -28,7 +26,8 @@ def head_loss(
     x: hidden states (N, C); weight (V or more, C), of which vocab_size rows count; targets (N,) int64, -1 = none.
     reduction: "mean" over targets (NaN without any), "sum", or "none" for (N,) with 0 where there is no target.
     """
-    rows = max(_CHUNK_LOGITS.get(x.device.type, _CHUNK_LOGITS_ELSEWHERE) // vocab_size, 1)
+    chunk = CHUNK_LOGITS_CUDA if x.device.type == "cuda" else CHUNK_LOGITS_ELSEWHERE
+    rows = max(chunk // vocab_size, 1)
     if reduction == "none":
         return torch.cat(_losses(x, weight, targets, vocab_size, softcap, rows))
     if x.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from nanochat.common import UserError, peak_flops
 from nanochat.environment import Gpu
 from nanochat.memory import training_bytes
+from nanochat.network_config import GPTConfig
 from nanochat.pipeline import Plan, Stage
 from nanochat.plots import STAGE_FOLDERS
 from nanochat.report_render import format_bytes
-from nanochat.scaling import Horizon
+from nanochat.scaling import Horizon, model_dimensions
 from nanochat.sizing import (
     SHARD_BYTES,
-    Shape,
     checkpoint_bytes,
     flops_per_token,
     parameters,
@@ -100,15 +100,15 @@ class Launcher:
         return (*launcher, module, "--", *flags)
 
 
-def model_facts(shape: Shape, horizon: Horizon) -> dict[str, str]:
+def model_facts(config: GPTConfig, horizon: Horizon) -> dict[str, str]:
     """Size of the model and of its training, for the description of a plan."""
-    groups = parameters(shape)
+    groups = parameters(config)
     return {
-        "model": f"depth {shape.depth}, width {shape.width}, {shape.num_heads} heads,"
-        f" {groups['total']:,} parameters, context {shape.sequence_len}",
+        "model": f"depth {config.n_layer}, width {config.n_embd}, {config.n_head} heads,"
+        f" {groups['total']:,} parameters, context {config.sequence_len}",
         "training": f"{horizon.num_tokens:,} tokens = {horizon.num_steps:,} steps x"
-        f" {horizon.total_batch_size:,} tokens ({horizon.num_tokens / scaling_parameters(shape):.1f} per"
-        f" scaling parameter, {flops_per_token(shape) * horizon.num_tokens:.2e} FLOPs)",
+        f" {horizon.total_batch_size:,} tokens ({horizon.num_tokens / scaling_parameters(config):.1f} per"
+        f" scaling parameter, {flops_per_token(config) * horizon.num_tokens:.2e} FLOPs)",
     }
 
 
@@ -126,21 +126,21 @@ class GpuChoice:
     memory_bytes: int  # expected peak per GPU
 
 
-def pretraining_seconds(shape: Shape, ratio: float, gpus: Sequence[Gpu]) -> float:
+def pretraining_seconds(config: GPTConfig, ratio: float, gpus: Sequence[Gpu]) -> float:
     """Expected duration of pretraining on all of the GPUs."""
     peak = peak_flops(gpus[0].name) or _UNKNOWN_PEAK_FLOPS
-    tokens = ratio_horizon(shape, ratio).num_tokens
-    return flops_per_token(shape) * tokens / (len(gpus) * peak * _UTILIZATION)
+    tokens = ratio_horizon(config, ratio).num_tokens
+    return flops_per_token(config) * tokens / (len(gpus) * peak * _UTILIZATION)
 
 
-def largest_batch(shape: Shape, ratio: float, gpus: Sequence[Gpu], limit: int = 32) -> int:
+def largest_batch(config: GPTConfig, ratio: float, gpus: Sequence[Gpu], limit: int = 32) -> int:
     """The largest power of two of sequences per GPU that fits its memory and divides the batch; 0 if none."""
     memory = min(gpu.memory_bytes for gpu in gpus)
-    total = ratio_horizon(shape, ratio).total_batch_size
+    total = ratio_horizon(config, ratio).total_batch_size
     rows = limit
     while rows:
-        divides = total % (rows * shape.sequence_len * len(gpus)) == 0
-        if divides and training_bytes(shape, rows, len(gpus)) <= _MEMORY_SHARE * memory:
+        divides = total % (rows * config.sequence_len * len(gpus)) == 0
+        if divides and training_bytes(config, rows, len(gpus)) <= _MEMORY_SHARE * memory:
             return rows
         rows //= 2
     return 0
@@ -153,12 +153,12 @@ def choose(
     used = gpus[: 2 ** int(math.log2(len(gpus)))]  # the batch is a power of two, so must the ranks be
     fitting = []
     for depth in depths:
-        shape = Shape(depth)
+        config = GPTConfig.modern(**model_dimensions(depth))
         # 8 x 80 GB could take more rows at smaller depths, but no run needs more than the flagship's 16.
-        rows = largest_batch(shape, ratio, used, limit=16)
+        rows = largest_batch(config, ratio, used, limit=16)
         if rows:
-            seconds = pretraining_seconds(shape, ratio, used)
-            memory = training_bytes(shape, rows, len(used))
+            seconds = pretraining_seconds(config, ratio, used)
+            memory = training_bytes(config, rows, len(used))
             fitting.append(GpuChoice(len(used), depth, rows, seconds, memory))
     if not fitting:
         raise UserError(
@@ -174,34 +174,34 @@ def gpu_plan(gpus: Sequence[Gpu], rl: bool = False) -> Plan:
     why = f"{len(gpus)} x {gpus[0].name} with {format_bytes(min(g.memory_bytes for g in gpus))}"
     if choice.num_gpus < len(gpus):
         why += f", of which {choice.num_gpus} are used (a power of two)"
-    shape = Shape(choice.depth)
+    config = GPTConfig.modern(**model_dimensions(choice.depth))
     flags = f"--depth={choice.depth} --target-param-data-ratio=8"
-    return _hub_plan("speedrun", why, shape, 8.0, choice, flags, "", rl)
+    return _hub_plan("speedrun", why, config, 8.0, choice, flags, "", rl)
 
 
 def run1000_plan(gpus: Sequence[Gpu], rl: bool = False) -> Plan:
     """The large run: depth 32, twenty tokens per scaling parameter, a vocabulary of 65,536."""
     if not gpus:
         raise UserError("plan run1000 needs GPUs; without one use: bash runs/speedrun.sh")
-    shape = Shape(32, vocab_size=65536)
+    config = GPTConfig.modern(vocab_size=65536, **model_dimensions(32))
     used = gpus[: 2 ** int(math.log2(len(gpus)))]
-    rows = largest_batch(shape, 20.0, used, limit=8)
+    rows = largest_batch(config, 20.0, used, limit=8)
     if not rows:
         raise UserError(f"depth 32 does not fit {gpus[0].name}; use: bash runs/speedrun.sh")
     choice = GpuChoice(
-        len(used), 32, rows, pretraining_seconds(shape, 20.0, used), training_bytes(shape, rows, len(used))
+        len(used), 32, rows, pretraining_seconds(config, 20.0, used), training_bytes(config, rows, len(used))
     )
     why = f"asked for; {len(used)} x {gpus[0].name}"
     tokenizer = "--max-chars=4000000000 --vocab-size=65536"
     return _hub_plan(
-        "run1000", why, shape, 20.0, choice, "--depth=32 --target-param-data-ratio=20", tokenizer, rl
+        "run1000", why, config, 20.0, choice, "--depth=32 --target-param-data-ratio=20", tokenizer, rl
     )
 
 
 def _hub_plan(
-    name: str, why: str, shape: Shape, ratio: float, choice: GpuChoice, base: str, tokenizer: str, rl: bool
-) -> Plan:
-    rows, horizon = f"--device-batch-size={choice.device_batch_size}", ratio_horizon(shape, ratio)
+    name: str, why: str, config: GPTConfig, ratio: float, choice: GpuChoice, base: str, tokenizer: str, rl: bool,
+) -> Plan:  # fmt: skip
+    rows, horizon = f"--device-batch-size={choice.device_batch_size}", ratio_horizon(config, ratio)
     shards = shards_needed(horizon.num_tokens)
     download_s = shards * SHARD_BYTES / _DOWNLOAD_BYTES_PER_S
     # Mid-training and finetuning see about a tenth of the tokens of a small pretraining run.
@@ -219,12 +219,12 @@ def _hub_plan(
         *_tuning_rows(tune_s, rows, rows, ""),
         *(_reinforcement_rows(3 * tune_s, "", "-a GSM8K") if rl else []),
     ]  # fmt: skip
-    facts = model_facts(shape, horizon) | {
+    facts = model_facts(config, horizon) | {
         "memory": f"about {format_bytes(choice.memory_bytes)} per GPU at {choice.device_batch_size} rows",
         "data": f"hub, {shards} shards",
     }
-    stages = Launcher(choice.num_gpus, f"d{shape.depth}").stages(table)
-    disk = shards * SHARD_BYTES + 3 * checkpoint_bytes(shape)
+    stages = Launcher(choice.num_gpus, f"d{config.n_layer}").stages(table)
+    disk = shards * SHARD_BYTES + 3 * checkpoint_bytes(config)
     return Plan(name, why, stages, {"NANOCHAT_DATA": "hub"}, facts, disk)
 
 
@@ -258,7 +258,7 @@ def evaluation_row(source: str, trained_by: str, seconds: float, flags: str) -> 
 
 def cpu_plan() -> Plan:
     """A small model on web text without a GPU: about an hour on a fast laptop, to see every stage at work."""
-    shape = Shape(6, sequence_len=512, head_dim=64, window_pattern="L")
+    config = GPTConfig.modern(sequence_len=512, window_pattern="L", **model_dimensions(6, head_dim=64))
     horizon = Horizon(5000, 16384, 1.0, 1.0, "--num-iterations")
     sizes = "--max-seq-len=512 --device-batch-size=32 --total-batch-size=16384"
     base = (
@@ -275,10 +275,10 @@ def cpu_plan() -> Plan:
         Row("base_eval", "CORE, bits per byte, samples", 300, ("base_train",), base_eval),
         *_tuning_rows(300, tuning, f"{tuning} --chatcore-every=-1", "--max-new-tokens=128 --max-problems=20"),
     ]
-    facts = model_facts(shape, horizon) | {
-        "memory": f"about {format_bytes(training_bytes(shape, 32, 1, on_gpu=False))}",
+    facts = model_facts(config, horizon) | {
+        "memory": f"about {format_bytes(training_bytes(config, 32, 1, on_gpu=False))}",
         "data": "hub, 8 shards",
     }
-    disk = 9 * SHARD_BYTES + 3 * checkpoint_bytes(shape)
+    disk = 9 * SHARD_BYTES + 3 * checkpoint_bytes(config)
     why = "web text without a GPU, as asked for"
     return Plan("cpu", why, Launcher(1, "d6").stages(table), {"NANOCHAT_DATA": "hub"}, facts, disk)

@@ -15,9 +15,9 @@ import torch
 
 from nanochat.cpu_decode import CpuDecoder
 from nanochat.cuda_decode import CudaDecoder
-from nanochat.gpt import GPTConfig
 from nanochat.kv_cache import Cache, Chunk, real_lengths
 from nanochat.machine import total_ram
+from nanochat.network_config import GPTConfig
 
 BLOCK = 32  # positions per block of a reusable prefix
 SLOT_STEP = 64  # lengths are multiples of this, so that growing is rare

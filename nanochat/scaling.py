@@ -17,20 +17,15 @@ REFERENCE_DEPTH = 12
 BATCH_EXPONENT = 0.383
 
 
-@dataclass(frozen=True)
-class Dimensions:
-    n_layer: int
-    n_embd: int
-    n_head: int
-
-
-def model_dimensions(depth: int, aspect_ratio: int = 64, head_dim: int = 128) -> Dimensions:
-    """Width = depth * aspect_ratio, rounded up to whole heads."""
+def model_dimensions(
+    depth: int, aspect_ratio: int = 64, head_dim: int = 128, kv_heads: int = 0
+) -> dict[str, int]:
+    """Fields of GPTConfig: width = depth * aspect_ratio, rounded up to whole heads. kv_heads: 0 for all."""
     for name, value in (("depth", depth), ("aspect-ratio", aspect_ratio), ("head-dim", head_dim)):
         if value < 1:
             raise UserError(f"--{name}={value} must be at least 1")
     heads = -(-depth * aspect_ratio // head_dim)
-    return Dimensions(depth, heads * head_dim, heads)
+    return {"n_layer": depth, "n_embd": heads * head_dim, "n_head": heads, "n_kv_head": kv_heads or heads}
 
 
 @dataclass(frozen=True)

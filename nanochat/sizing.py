@@ -1,4 +1,4 @@
-"""Sizes that follow from a model's shape by arithmetic alone: parameters, FLOPs, horizon, disk.
+"""Sizes that follow from a network's configuration by arithmetic alone: parameters, FLOPs, horizon, disk.
 
 Plans and dry runs use these formulas, so that they answer at once and allocate nothing. Tests hold them
 against the tables of published sizes and against a real model.
@@ -7,93 +7,54 @@ against the tables of published sizes and against a real model.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from nanochat.network_config import SMEAR_CHANNELS, GPTConfig
 from nanochat.scaling import REFERENCE_DEPTH, Horizon, model_dimensions, plan_horizon
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What decides the size of a model: depth, and the constants that turn it into widths."""
-
-    depth: int
-    vocab_size: int = 32768
-    sequence_len: int = 2048
-    aspect_ratio: int = 64
-    head_dim: int = 128
-    window_pattern: str = "SSSL"
-    kv_heads: int = 0  # 0: as many as query heads
-    arch: str = "modern"
-    tie_embeddings: bool = False
-
-    @property
-    def width(self) -> int:
-        return model_dimensions(self.depth, self.aspect_ratio, self.head_dim).n_embd
-
-    @property
-    def num_heads(self) -> int:
-        return self.width // self.head_dim
-
-    @property
-    def kv_width(self) -> int:
-        return (self.kv_heads or self.num_heads) * self.head_dim
-
-    @property
-    def padded_vocab_size(self) -> int:
-        return 64 * math.ceil(self.vocab_size / 64)
-
-
-def parameters(shape: Shape) -> dict[str, int]:
-    """Parameters by group, and their total."""
-    d, kv, modern = shape.width, shape.kv_width, shape.arch == "modern"
-    table = shape.padded_vocab_size * d
-    value_layers = math.ceil(shape.depth / 2) if modern else 0
-    gates = value_layers * (kv // shape.head_dim) * 12
+def parameters(config: GPTConfig, kv_heads: int = 0) -> dict[str, int]:
+    """Parameters by group, and their total. kv_heads: counted instead of the network's own."""
+    d, heads = config.n_embd, kv_heads or config.n_kv_head
+    kv, table = heads * config.head_dim, config.padded_vocab_size * d
+    gates = config.num_value_embeds * heads * config.ve_gate_channels
+    smear = config.use_smear * (SMEAR_CHANNELS + 1)
     groups = {
-        "wte": 0 if shape.tie_embeddings else table,  # counted as the head
-        "value_embeds": value_layers * shape.padded_vocab_size * kv,
+        "wte": 0 if config.tie_embeddings else table,  # counted as the head
+        "value_embeds": config.num_value_embeds * config.padded_vocab_size * kv,
         "lm_head": table,
-        "transformer_matrices": shape.depth * (10 * d * d + 2 * d * kv) + gates,
-        "scalars": 2 * shape.depth + 26 if modern else 0,  # residual scales, smear and backout
+        "transformer_matrices": config.n_layer * (10 * d * d + 2 * d * kv) + gates,
+        "scalars": config.use_lambdas * 2 * config.n_layer + smear + config.use_backout,
     }
     return groups | {"total": sum(groups.values())}
 
 
-def scaling_parameters(shape: Shape) -> int:
+def scaling_parameters(config: GPTConfig, kv_heads: int = 0) -> int:
     """The parameters that the data horizon is measured in: matrices and output head."""
-    groups = parameters(shape)
+    groups = parameters(config, kv_heads)
     return groups["transformer_matrices"] + groups["lm_head"]
 
 
-def windows(shape: Shape) -> list[int]:
-    """Attention window of each layer in tokens; the last layer always sees everything."""
-    length = shape.sequence_len
-    short = 128 * math.ceil(math.ceil(length / 4) / 128)
-    pattern = shape.window_pattern.upper() if shape.arch == "modern" else "L"
-    sizes = [short if pattern[i % len(pattern)] == "S" else length for i in range(shape.depth)]
-    return [*sizes[:-1], length]
-
-
-def flops_per_token(shape: Shape) -> int:
+def flops_per_token(config: GPTConfig) -> int:
     """Forward and backward FLOPs of one token: 6 per matrix parameter, 12 per attended channel."""
-    attention = sum(12 * shape.width * min(window, shape.sequence_len) for window in windows(shape))
-    return 6 * scaling_parameters(shape) + attention
+    attended = sum(min(window, config.sequence_len) for window in config.window_sizes)
+    return 6 * scaling_parameters(config) + 12 * config.n_embd * attended
 
 
-def ratio_horizon(shape: Shape, ratio: float) -> Horizon:
-    """Steps and batch that base_train will choose for `ratio` tokens per scaling parameter."""
-    reference = replace(shape, depth=REFERENCE_DEPTH)
+def ratio_horizon(config: GPTConfig, ratio: float) -> Horizon:
+    """What base_train will choose for `ratio` tokens per scaling parameter, with its default proportions."""
+    reference = replace(config, **model_dimensions(REFERENCE_DEPTH))
     return plan_horizon(
-        scaling_parameters(shape),
+        scaling_parameters(config),
         scaling_parameters(reference),
-        flops_per_token(shape),
+        flops_per_token(config),
         param_data_ratio=ratio,
     )
 
 
-def checkpoint_bytes(shape: Shape) -> int:
+def checkpoint_bytes(config: GPTConfig) -> int:
     """Size of one complete checkpoint: fp32 weights and optimizer state."""
-    groups = parameters(shape)
+    groups = parameters(config)
     matrices = groups["transformer_matrices"]
     return 4 * groups["total"] + 8 * (groups["total"] - matrices) + 4 * matrices
 

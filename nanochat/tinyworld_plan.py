@@ -11,20 +11,15 @@ from __future__ import annotations
 import math
 
 from nanochat.memory import training_bytes
+from nanochat.network_config import GPTConfig
 from nanochat.pipeline import Plan
 from nanochat.plans import Launcher, Row, evaluation_row, model_facts
 from nanochat.report_render import format_bytes
-from nanochat.scaling import Horizon
-from nanochat.sizing import Shape, checkpoint_bytes
+from nanochat.scaling import Horizon, model_dimensions
+from nanochat.sizing import checkpoint_bytes
 
-TINY = Shape(
-    4,
-    vocab_size=2048,
-    sequence_len=128,
-    aspect_ratio=32,
-    head_dim=32,
-    window_pattern="L",
-    tie_embeddings=True,
+TINY = GPTConfig.modern(
+    vocab_size=2048, sequence_len=128, window_pattern="L", tie_embeddings=True, **model_dimensions(4, 32, 32)
 )
 FIRST_LAYERS = 2
 ROWS, BATCH, STEPS, CHARS = 16, 2048, 650, 6_000_000
@@ -60,7 +55,7 @@ def rows(seed: int, steps: int) -> list[Row]:
         Row("tok_eval", "measure compression", 4, ("tok_train",), "scripts.tok_eval"),
         Row("base_train", "pretrain on the world's text", 118, ("tok_train",),
             f"scripts.base_train --depth={FIRST_LAYERS} --model-tag=d{FIRST_LAYERS}"
-            f" --aspect-ratio={TINY.width // FIRST_LAYERS} --head-dim={TINY.head_dim} --qk-scale=2 --tie-embeddings"
+            f" --aspect-ratio={TINY.n_embd // FIRST_LAYERS} --head-dim={TINY.head_dim} --qk-scale=2 --tie-embeddings"
             f" --window-pattern={TINY.window_pattern} --max-seq-len={TINY.sequence_len}"
             f" --device-batch-size={ROWS} --total-batch-size={BATCH} {_RATES} {_EAGER} --packing=stream"
             f" --momentum-warmup-steps=100 --warmup-steps=20 --warmdown-ratio=0.4 --num-iterations={steps}"
@@ -74,13 +69,13 @@ def rows(seed: int, steps: int) -> list[Row]:
             " --matrix-lr=0.16 --num-iterations=50"),
         Row("lesson_letters", "lesson 2: two more layers find the letter behind a choice", 82, ("lesson_answers",),
             f"scripts.mid_train {lesson} {fast} --source=mid --model-tag=answers --output-tag=letters"
-            f" --add-layers={TINY.depth - FIRST_LAYERS} --freeze-layers={FIRST_LAYERS}"
+            f" --add-layers={TINY.n_layer - FIRST_LAYERS} --freeze-layers={FIRST_LAYERS}"
             " --extra-data=letters_lesson.jsonl --matrix-lr=0.32 --num-iterations=320"),
         Row("lesson_exams", "lesson 3: exams", 75, ("lesson_letters",),
             f"scripts.mid_train {lesson} {slow} --source=mid --model-tag=letters --output-tag=exams"
             " --extra-data=exams_lesson.jsonl --num-iterations=260"),
         Row("mid_train", "learn conversations and tools", 138, ("lesson_exams",),
-            f"scripts.mid_train {_CHAT} --source=mid --model-tag=exams --output-tag=d{TINY.depth} --warmup-ratio=0.05"
+            f"scripts.mid_train {_CHAT} --source=mid --model-tag=exams --output-tag=d{TINY.n_layer} --warmup-ratio=0.05"
             " --supervise=assistant --warmdown-ratio=0.3 --load-optimizer=false --smoltalk-stop=3400 --gsm8k-stop=1400"
             # Without the review 100 steps can undo what has just connected, and without many single words one seed of
             # two never copies the word that is to be counted.
@@ -109,7 +104,7 @@ def tinyworld_plan(why: str, cores: int = 2, seed: int = 0) -> Plan:
         "data": f"tinyworld, {CHARS:,} characters, seed {seed}",
         "cores": str(cores),
     }
-    stages = Launcher(1, f"d{TINY.depth}").stages(rows(seed, steps))
+    stages = Launcher(1, f"d{TINY.n_layer}").stages(rows(seed, steps))
     # Threads that spin while they wait for each other lose three quarters of their speed to one other busy process,
     # those that sleep a third; with the cores to themselves they are equal (LOG 2026-11-26).
     environment = {"NANOCHAT_DATA": "tinyworld", "OMP_WAIT_POLICY": "passive"}

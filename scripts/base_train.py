@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
     from nanochat.checkpoint_manager import Checkpoint
     from nanochat.common import World
-    from nanochat.gpt import GPT, GPTConfig
+    from nanochat.gpt import GPT
+    from nanochat.network_config import GPTConfig
     from nanochat.optim import MuonAdamW
     from nanochat.scaling import Horizon
     from nanochat.schedule import Schedule
-    from nanochat.sizing import Shape
     from nanochat.tokenizer import RustBPETokenizer
     from nanochat.training_run import Evaluation
 
@@ -128,8 +128,8 @@ def main(cfg: Config) -> None:
         model = start_model(cfg, origin, tokenizer.get_vocab_size(), world.device, precision.dtype)
         announce_model(model, precision)
 
-        shape = shape_of(cfg, model.config.vocab_size)
-        horizon = plan_run(cfg, shape)
+        config = network(cfg, model.config.vocab_size)
+        horizon = plan_run(cfg, config)
         length, total = cfg.max_seq_len, horizon.total_batch_size
         print0(f"horizon: {horizon.num_steps:,} steps, {horizon.num_tokens:,} tokens (from {horizon.source})")
         schedule = make_schedule(cfg, horizon)
@@ -178,7 +178,7 @@ def main(cfg: Config) -> None:
 
         state = train(plan, world, model, tokenizer, optimizer, make_loader, resume_from)
         facts = {
-            "Tokens : Scaling params ratio": horizon.num_tokens / scaling_parameters(shape),
+            "Tokens : Scaling params ratio": horizon.num_tokens / scaling_parameters(config),
             "Tokens dropped by packing": f"{100 * loaders[-1].stats()['fraction_dropped']:.1f} %",
         }
         finish("Base model training", plan, world, model, state, facts)
@@ -236,45 +236,33 @@ def start_model(
 
 def network(cfg: Config, vocab_size: int) -> GPTConfig:
     """The network that the flags describe."""
-    from nanochat.gpt import GPTConfig
+    from nanochat.network_config import GPTConfig
     from nanochat.scaling import model_dimensions
 
-    size = model_dimensions(cfg.depth, cfg.aspect_ratio, cfg.head_dim)
     sizes = {
         "sequence_len": cfg.max_seq_len,
         "vocab_size": vocab_size,
-        "n_layer": size.n_layer,
-        "n_embd": size.n_embd,
-        "n_head": size.n_head,
-        "n_kv_head": cfg.kv_heads or size.n_head,
         "tie_embeddings": cfg.tie_embeddings,
+        **model_dimensions(cfg.depth, cfg.aspect_ratio, cfg.head_dim, cfg.kv_heads),
     }
     if cfg.arch == "classic":
         return GPTConfig.classic(**sizes)
     return GPTConfig.modern(window_pattern=cfg.window_pattern, qk_scale=cfg.qk_scale, **sizes)
 
 
-def shape_of(cfg: Config, vocab_size: int) -> Shape:
-    """The sizes that the flags describe, for arithmetic without a network."""
-    from nanochat.sizing import Shape
-
-    return Shape(
-        cfg.depth, vocab_size, cfg.max_seq_len, cfg.aspect_ratio, cfg.head_dim, cfg.window_pattern, cfg.kv_heads,
-        cfg.arch, cfg.tie_embeddings,
-    )  # fmt: skip
-
-
-def plan_run(cfg: Config, shape: Shape) -> Horizon:
+def plan_run(cfg: Config, config: GPTConfig) -> Horizon:
     """Steps, batch and scale of the learning rates; the 12-layer model with the same flags is the reference."""
     from dataclasses import replace
 
     from nanochat.scaling import REFERENCE_DEPTH, plan_horizon
     from nanochat.sizing import flops_per_token, scaling_parameters
 
+    # It need not be a network that can be built: its few heads may not be a multiple of --kv-heads.
+    reference = network(replace(cfg, depth=REFERENCE_DEPTH, kv_heads=0), config.vocab_size)
     return plan_horizon(
-        scaling_parameters(shape),
-        scaling_parameters(replace(shape, depth=REFERENCE_DEPTH)),
-        flops_per_token(shape),
+        scaling_parameters(config),
+        scaling_parameters(reference, cfg.kv_heads),
+        flops_per_token(config),
         num_iterations=cfg.num_iterations,
         target_flops=cfg.target_flops,
         param_data_ratio=cfg.target_param_data_ratio,
@@ -311,9 +299,8 @@ def dry_run(cfg: Config, world: World, dtype: torch.dtype, compiled: bool) -> No
         vocab_size = get_tokenizer().get_vocab_size()
     except UserError:
         vocab_size = 32768
-    network(cfg, vocab_size)  # raises for sizes that cannot be
-    shape = shape_of(cfg, vocab_size)
-    horizon = plan_run(cfg, shape)
+    config = network(cfg, vocab_size)
+    horizon = plan_run(cfg, config)
     setting = Setting(
         rows=1, world_size=world.size, compute_bytes=dtype.itemsize, on_gpu=world.device.type == "cuda",
         compiled=compiled, recompute=cfg.recompute,
@@ -323,8 +310,8 @@ def dry_run(cfg: Config, world: World, dtype: torch.dtype, compiled: bool) -> No
     if cfg.device_batch_size is not None:
         rows = [cfg.device_batch_size]
     limit = MEMORY_SHARE * memory_for_this_process(world.device)
-    batch = fitting_batch(shape, setting, total, rows, limit)
-    describe(shape, horizon, batch, world.size, world.device, dtype, limit)
+    batch = fitting_batch(config, setting, total, rows, limit)
+    describe(config, horizon, batch, world.size, world.device, dtype, limit)
 
 
 def make_schedule(cfg: Config, horizon: Horizon) -> Schedule:

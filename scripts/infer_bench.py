@@ -263,7 +263,7 @@ def network(cfg: Config, device: torch.device) -> tuple[GPT, Any, int | None]:
     from nanochat.scaling import model_dimensions
     from nanochat.sweep_bench import NoTokenizer
 
-    width = cfg.n_embd or model_dimensions(cfg.depth).n_embd
+    width = cfg.n_embd or model_dimensions(cfg.depth)["n_embd"]
     heads = max(1, width // (128 if width >= 512 else 64))
     make = GPTConfig.classic if cfg.arch == "classic" else GPTConfig.modern
     config = make(

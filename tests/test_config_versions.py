@@ -8,7 +8,7 @@ import torch
 from nanochat.checkpoint_manager import Checkpoint, check_files
 from nanochat.common import UserError
 from nanochat.config_versions import CONFIG_VERSION, read_config, stored_config
-from nanochat.gpt import GPTConfig
+from nanochat.network_config import GPTConfig
 from tests.checkpoint_fixtures import CONFIGS, FOLDER, STEP, fixture_ids, unpack
 
 # The first four logits of the last token, as the code that wrote the fixture computed them.

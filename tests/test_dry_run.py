@@ -10,7 +10,8 @@ import torch
 
 from nanochat.dry_run import fitting_batch, product_speed
 from nanochat.memory import Setting, training_memory
-from nanochat.sizing import Shape
+from nanochat.network_config import GPTConfig
+from scripts.base_train import Config, network, plan_run
 from tests.training import run_here
 
 
@@ -40,17 +41,25 @@ def test_it_needs_no_tokenizer_and_names_sizes_that_cannot_be(tiny_run, capsys):
         run_here("base_train", dry_run=True, kv_heads=3)
 
 
+def test_the_heads_of_the_reference_need_not_be_a_multiple_of_the_key_value_heads():
+    cfg = Config(depth=16, kv_heads=4)
+    horizon = plan_run(cfg, network(cfg, 32768))
+    assert (horizon.num_steps, horizon.total_batch_size) == (4992, 2**19)
+    assert horizon.weight_decay_scale == pytest.approx(0.4831735)
+
+
 def test_the_largest_batch_that_fits_is_taken():
-    shape, setting = Shape(12), Setting(1)
+    config, setting = GPTConfig(), Setting(1)
     total = 2**19
     peaks = {
-        rows: training_memory(shape, replace(setting, rows=rows, accumulation=2)).peak for rows in (1, 8, 64)
+        rows: training_memory(config, replace(setting, rows=rows, accumulation=2)).peak for rows in (1, 8, 64)
     }
-    roomy = fitting_batch(shape, setting, total, [1, 2, 4, 8, 16, 32, 64], peaks[8])
+    roomy = fitting_batch(config, setting, total, [1, 2, 4, 8, 16, 32, 64], peaks[8])
     assert (roomy.rows, roomy.accumulation, roomy.recompute) == (8, 32, False)
-    tight = fitting_batch(shape, setting, total, [1, 2, 4, 8], 0.99 * peaks[1])
+    tight = fitting_batch(config, setting, total, [1, 2, 4, 8], 0.99 * peaks[1])
     assert tight.recompute and tight.memory.peak <= 0.99 * peaks[1]
-    assert fitting_batch(shape, setting, total, [1, 2], 1e6).memory.peak > 1e6  # nothing fits, and it is said
+    nothing_fits = fitting_batch(config, setting, total, [1, 2], 1e6)
+    assert nothing_fits.memory.peak > 1e6  # and it is said
 
 
 def test_a_product_is_timed():

@@ -109,12 +109,7 @@ def assert_golden(model: GPT, numbers: tuple) -> None:
     ],
 )
 def test_golden_sizes(arch, depth, vocab, total, flops):
-    size = model_dimensions(depth)
-    build = GPTConfig.classic if arch == "classic" else GPTConfig.modern
-    config = build(
-        vocab_size=vocab, sequence_len=2048, n_layer=depth, n_embd=size.n_embd, n_head=size.n_head,
-        n_kv_head=size.n_head,
-    )  # fmt: skip
+    config = getattr(GPTConfig, arch)(vocab_size=vocab, **model_dimensions(depth))
     with torch.device("meta"):
         model = GPT(config)
     counts = model.num_scaling_params()

@@ -16,7 +16,7 @@ ROWS, WIDTH, VOCAB, PADDED, CAP = 23, 16, 50, 64, 15.0
 @pytest.fixture(params=[1, 7, 1000])
 def rows_per_chunk(request, monkeypatch):
     """One row at a time, chunks with a shorter last one, and a single chunk."""
-    monkeypatch.setattr(module, "_CHUNK_LOGITS_ELSEWHERE", request.param * VOCAB)
+    monkeypatch.setattr(module, "CHUNK_LOGITS_ELSEWHERE", request.param * VOCAB)
 
 
 def whole(x, weight, targets, vocab_size, softcap, reduction):
@@ -80,7 +80,7 @@ def test_no_tensor_is_as_large_as_all_logits(monkeypatch):
                 largest = max(largest, result.numel())
             return result
 
-    monkeypatch.setattr(module, "_CHUNK_LOGITS_ELSEWHERE", 4 * VOCAB)
+    monkeypatch.setattr(module, "CHUNK_LOGITS_ELSEWHERE", 4 * VOCAB)
     inputs = problem()
     for reduction in ("sum", "none"):
         with Watch():
@@ -95,7 +95,7 @@ def test_compiles_without_a_graph_break(monkeypatch, backend):
 
     if backend == "inductor" and not should_compile("auto", torch.device("cpu"))[0]:
         pytest.skip("no compiler")
-    monkeypatch.setattr(module, "_CHUNK_LOGITS_ELSEWHERE", 8 * VOCAB)
+    monkeypatch.setattr(module, "CHUNK_LOGITS_ELSEWHERE", 8 * VOCAB)
     compiled = torch.compile(head_loss, fullgraph=True, dynamic=False, backend=backend)
     inputs = problem()
     ours = gradients(compiled, *inputs, "sum")

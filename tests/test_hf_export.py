@@ -184,7 +184,7 @@ def test_modern_runs_in_bf16(exported):
 
 
 def test_windows_longer_than_the_context_are_no_windows():
-    from nanochat.gpt import GPTConfig
+    from nanochat.network_config import GPTConfig
 
     config = GPTConfig.modern(sequence_len=64, n_layer=4, n_head=1, n_kv_head=1, n_embd=32)
     assert config.window_sizes == [128, 128, 128, 64]

@@ -13,7 +13,9 @@ import pytest
 
 from nanochat.configurator import parse
 from nanochat.memory import training_bytes
-from nanochat.sizing import Shape, ratio_horizon
+from nanochat.network_config import GPTConfig
+from nanochat.scaling import model_dimensions
+from nanochat.sizing import ratio_horizon
 from scripts.base_train import Config
 from tests.training import BASE_FLAGS, ROOT, command, largest_difference, weights
 
@@ -28,13 +30,16 @@ def test_there_is_a_preset_for_every_common_card():
 def test_a_preset_fits_its_card_and_says_how_much_it_takes(gigabytes):
     path = PRESETS[gigabytes]
     cfg = parse(Config, [str(path)])
-    shape, rows = Shape(cfg.depth, sequence_len=cfg.max_seq_len), cfg.device_batch_size
+    config = GPTConfig.modern(sequence_len=cfg.max_seq_len, **model_dimensions(cfg.depth))
+    rows = cfg.device_batch_size
     assert rows is not None
-    estimate = training_bytes(shape, rows, world_size=1)
+    estimate = training_bytes(config, rows, world_size=1)
     assert 0.6 * gigabytes * 1e9 < estimate < 0.92 * gigabytes * 1e9
     assert f"estimated peak {estimate / 1e9:.1f} GB" in path.read_text(encoding="utf-8")
     for ranks in (1, 2, 4, 8):
-        assert ratio_horizon(shape, cfg.target_param_data_ratio).total_batch_size % (rows * 2048 * ranks) == 0
+        assert (
+            ratio_horizon(config, cfg.target_param_data_ratio).total_batch_size % (rows * 2048 * ranks) == 0
+        )
 
 
 def test_two_cards_are_two(tmp_path):

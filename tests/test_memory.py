@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,31 +13,32 @@ import torch
 from nanochat import memory
 from nanochat.compilation import should_compile
 from nanochat.memory import Setting, training_bytes, training_memory
-from nanochat.sizing import Shape
+from nanochat.network_config import GPTConfig
+from nanochat.scaling import model_dimensions
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_kinds_follow_the_sizes():
-    shape = Shape(12)
-    one, eight = (training_memory(shape, Setting(16, world_size=size)) for size in (1, 8))
+    config = GPTConfig()
+    one, eight = (training_memory(config, Setting(16, world_size=size)) for size in (1, 8))
     assert one.optimizer == 8 * eight.optimizer and one.weights == eight.weights == one.gradients
-    twice = training_memory(shape, Setting(32))
+    twice = training_memory(config, Setting(32))
     assert 1.8 < twice.activations / one.activations <= 2
-    again = training_memory(shape, Setting(16, recompute=True))
+    again = training_memory(config, Setting(16, recompute=True))
     assert again.activations < one.activations / 2 and again.logits == one.logits
 
 
 def test_the_logits_of_a_chunk_do_not_grow_with_the_batch():
     """Only what is as large as the hidden states does."""
-    shape = Shape(12)
-    small, large = (training_memory(shape, Setting(rows, compiled=False)).logits for rows in (16, 32))
-    assert large - small == 2 * 16 * 2048 * shape.width * 2
+    config = GPTConfig()
+    small, large = (training_memory(config, Setting(rows, compiled=False)).logits for rows in (16, 32))
+    assert large - small == 2 * 16 * 2048 * config.n_embd * 2
 
 
 def test_the_peak_that_an_h200_measured():
     """Depth 20, 16 rows, compiled, bf16: 43.6 GiB (LOG 2026-11-26)."""
-    peak = training_memory(Shape(20), Setting(16, accumulation=16)).peak
+    peak = training_memory(GPTConfig.modern(**model_dimensions(20)), Setting(16, accumulation=16)).peak
     assert peak / 2**30 == pytest.approx(43.6, rel=0.1)
 
 
@@ -64,23 +66,26 @@ def test_the_peak_that_this_machine_measures(
     command = [sys.executable, "-m", "tests.memory_peak", arch, *map(str, numbers)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-1000:]
-    shape = Shape(layers, vocab, length, aspect_ratio=width // layers, head_dim=64, arch=arch)
+    config = getattr(GPTConfig, arch)(
+        vocab_size=vocab, sequence_len=length, **model_dimensions(layers, width // layers, 64)
+    )
     setting = Setting(
         rows, accumulation=micro_batches, compute_bytes=4, on_gpu=False, compiled=bool(compile), recompute=bool(recompute)
     )  # fmt: skip
-    assert shape.width == width
-    assert training_memory(shape, setting).peak == pytest.approx(int(done.stdout), rel=0.1)
+    assert config.n_embd == width
+    assert training_memory(config, setting).peak == pytest.approx(int(done.stdout), rel=0.1)
 
 
 def test_gradients_count_in_the_forward_pass_once_a_step_has_several_micro_batches():
-    memory = training_memory(Shape(12), Setting(16, accumulation=2))
-    assert memory.peak - training_memory(Shape(12), Setting(16)).peak == memory.gradients
+    memory = training_memory(GPTConfig(), Setting(16, accumulation=2))
+    assert memory.peak - training_memory(GPTConfig(), Setting(16)).peak == memory.gradients
 
 
 def test_the_estimate_agrees_with_what_is_known_of_80_gb_cards():
     card = 0.92 * 80e9
-    assert training_bytes(Shape(24), 16, 8) < card < training_bytes(Shape(24), 32, 8)
-    large = Shape(32, vocab_size=65536)
+    flagship = GPTConfig.modern(**model_dimensions(24))
+    assert training_bytes(flagship, 16, 8) < card < training_bytes(flagship, 32, 8)
+    large = GPTConfig.modern(vocab_size=65536, **model_dimensions(32))
     assert training_bytes(large, 8, 8) < 80e9 < training_bytes(large, 16, 8)
 
 
@@ -91,11 +96,10 @@ def test_uncompiled_blocks_keep_what_saved_tensors_add_up_to(monkeypatch):
     monkeypatch.setattr(memory, "find_compiler", lambda: None)  # our kernel keeps no probabilities
     for (arch, size, on_gpu), values in counted.items():
         setting = Setting(1, compute_bytes=size, on_gpu=on_gpu, compiled=False)
-        shapes = [
-            Shape(4, 64, 256, 64, 64, arch=arch),
-            Shape(8, 64, 256, 32, 64, arch=arch),
-        ]  # width 256 both
-        small, large = (training_memory(shape, setting).activations for shape in shapes)
+        network = getattr(GPTConfig, arch)(vocab_size=64, sequence_len=256, n_embd=256, n_head=4, n_kv_head=4)
+        small, large = (
+            training_memory(replace(network, n_layer=layers), setting).activations for layers in (4, 8)
+        )
         casts = 4 * 12 * 256**2 * size if size < 4 else 0
         gates = 2 * 4 * 12 * size if arch == "modern" and size < 4 else 0
         assert large - small == 4 * values * 256 * 256 * size + casts + gates

@@ -20,8 +20,9 @@ from nanochat.common import UserError, write_json
 from nanochat.configurator import parse
 from nanochat.environment import Gpu
 from nanochat.memory import training_bytes
+from nanochat.network_config import GPTConfig
 from nanochat.pipeline import Plan
-from nanochat.sizing import Shape
+from nanochat.scaling import model_dimensions
 from nanochat.tinyworld_plan import tinyworld_plan
 from scripts import speedrun, sweep
 
@@ -76,10 +77,10 @@ def test_one_gpu_needs_no_torchrun_and_gets_a_smaller_model():
 def test_every_choice_fits_its_memory_and_divides_its_batch(gpus):
     choice = plans.choose(gpus)
     assert choice.num_gpus & (choice.num_gpus - 1) == 0 and choice.num_gpus <= len(gpus)
-    shape = Shape(choice.depth)
-    assert training_bytes(shape, choice.device_batch_size, choice.num_gpus) < gpus[0].memory_bytes
-    micro = choice.device_batch_size * shape.sequence_len * choice.num_gpus
-    assert plans.ratio_horizon(shape, 8).total_batch_size % micro == 0
+    config = GPTConfig.modern(**model_dimensions(choice.depth))
+    assert training_bytes(config, choice.device_batch_size, choice.num_gpus) < gpus[0].memory_bytes
+    micro = choice.device_batch_size * config.sequence_len * choice.num_gpus
+    assert plans.ratio_horizon(config, 8).total_batch_size % micro == 0
 
 
 def test_more_or_larger_gpus_never_train_a_smaller_model():

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from nanochat.common import UserError
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.network_config import GPTConfig
 from nanochat.scaling import accumulation_steps, model_dimensions, plan_horizon
+from nanochat.sizing import flops_per_token, scaling_parameters
 
 
 def modern(depth: int) -> tuple[int, int]:
-    size = model_dimensions(depth)
-    config = GPTConfig.modern(n_layer=depth, n_embd=size.n_embd, n_head=size.n_head, n_kv_head=size.n_head)
-    with torch.device("meta"):
-        model = GPT(config)
-    counts = model.num_scaling_params()
-    return counts["transformer_matrices"] + counts["lm_head"], model.estimate_flops()
+    config = GPTConfig.modern(**model_dimensions(depth))
+    return scaling_parameters(config), flops_per_token(config)
 
 
 REFERENCE, _ = modern(12)
@@ -53,9 +49,9 @@ def test_speedrun_and_other_horizons():
 
 
 def test_dimensions():
-    assert model_dimensions(20).n_embd == 1280
-    assert model_dimensions(11).n_embd == 768  # rounded up to whole heads
-    assert (model_dimensions(4, 64, 64).n_embd, model_dimensions(4, 64, 64).n_head) == (256, 4)
+    assert model_dimensions(20)["n_embd"] == 1280
+    assert model_dimensions(11)["n_embd"] == 768  # rounded up to whole heads
+    assert model_dimensions(4, 64, 64, 2) == {"n_layer": 4, "n_embd": 256, "n_head": 4, "n_kv_head": 2}
     with pytest.raises(UserError, match="--depth=0"):
         model_dimensions(0)
 

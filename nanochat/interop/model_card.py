@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nanochat.gpt import GPTConfig
 from nanochat.interop.hf_config import describe, is_classic
+from nanochat.network_config import GPTConfig
 from nanochat.report_render import TASKS, table
 
 TRANSFORMERS = "5.20"  # the oldest version that the tests run with; pyproject.toml says the same

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from nanochat.common import UserError
-from nanochat.gpt import GPTConfig
 from nanochat.interop.weights import SIZE_LIMIT, SIZES, fitted
+from nanochat.network_config import GPTConfig
 
 _BEFORE_MARCH: dict[str, Any] = {
     "rope_base": 10_000.0, "rope_dtype": "bfloat16", "qk_scale": 1.0, "use_smear": False, "use_backout": False,
