@@ -52,10 +52,12 @@ def plan_horizon(
     target_flops: float = -1.0,
     param_data_ratio: float = 12.0,
     total_batch_size: int = -1,
+    row_tokens: int = 1,
 ) -> Horizon:
     """Resolve steps and batch. Precedence: num_iterations, target_flops, param_data_ratio.
 
-    scaling_params, reference_params: matrices plus head of this model and of the 12-layer one.
+    scaling_params, reference_params: matrices plus head of this model and of the 12-layer one. row_tokens: of one row
+    on every rank, which a batch that is chosen here is a multiple of.
     Batch and decay always follow the ratio's token count, so that short trials of a depth keep its settings.
     """
     # The ratio cancels in D / D_ref; a disabled ratio (<= 0) therefore still yields a batch and a decay.
@@ -63,7 +65,9 @@ def plan_horizon(
     tokens, reference_tokens = int(ratio * scaling_params), ratio * reference_params
     if total_batch_size == -1:
         ideal = REFERENCE_BATCH * (tokens / reference_tokens) ** BATCH_EXPONENT
-        total_batch_size = 2 ** round(math.log2(ideal))
+        total_batch_size = whole_rows(2 ** round(math.log2(ideal)), row_tokens)
+    if total_batch_size < 1:
+        raise UserError(f"--total-batch-size={total_batch_size} must be at least 1, or -1")
     batch_ratio = total_batch_size / REFERENCE_BATCH
     if num_iterations > 0:
         steps, source = num_iterations, "--num-iterations"
@@ -79,6 +83,15 @@ def plan_horizon(
         )
     lr_scale = math.sqrt(batch_ratio)
     return Horizon(steps, total_batch_size, lr_scale, lr_scale * reference_tokens / tokens, source)
+
+
+def whole_rows(total_batch_size: int, row_tokens: int) -> int:
+    """The batch, or where it is not a multiple of row_tokens a near one that is, with divisors for micro-batches."""
+    if total_batch_size % row_tokens == 0:
+        return total_batch_size
+    powers = [power for power in (8, 4, 2) if 4 * power * row_tokens <= total_batch_size]
+    unit = row_tokens * (powers[0] if powers else 1)
+    return max(round(total_batch_size / unit), 1) * unit
 
 
 def accumulation_steps(total_batch_size: int, device_batch_size: int, seq_len: int, world_size: int) -> int:

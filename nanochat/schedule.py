@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from nanochat.common import UserError
+
 if TYPE_CHECKING:
     from nanochat.optim import MuonAdamW
 
@@ -26,6 +28,13 @@ class Schedule:
     momentum_peak: float = 0.97
     momentum_end: float = 0.97
     weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0 or not 0 <= self.warmdown_steps <= self.num_steps:
+            raise UserError(
+                f"a warm-up of {self.warmup_steps} steps and a warm-down of {self.warmdown_steps}"
+                f" do not fit a run of {self.num_steps}"
+            )
 
     def lr_multiplier(self, step: int) -> float:
         """In [0, 1] for every step, also beyond the last."""

@@ -211,6 +211,7 @@ class TrainingRun:
         # Files are written while training goes on; leaving the `with` of the executor waits for the last one.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
+        self._place: torch.device | None = None
         self._get_data_state: Callable[[], dict | None] = lambda: None
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -374,7 +375,8 @@ class TrainingRun:
         """All ranks take part, because the optimizer state is spread over them; rank 0 writes, in the background."""
         plan, step, started = self.plan, self.state.step, time.perf_counter()
         self._saved_step, self._saved_at = step, time.monotonic()
-        place = place_for(self.model)
+        # Decided once: afterwards the room for it is there, but counts as taken.
+        self._place = place = self._place or place_for(self.model)
         optimizer_state = self.optimizer.full_state_dict(place)
         if not self.world.is_main:
             return

@@ -129,7 +129,7 @@ def main(cfg: Config) -> None:
         announce_model(model, precision)
 
         config = network(cfg, model.config.vocab_size)
-        horizon = plan_run(cfg, config)
+        horizon = plan_run(cfg, config, world.size)
         length, total = cfg.max_seq_len, horizon.total_batch_size
         print0(f"horizon: {horizon.num_steps:,} steps, {horizon.num_tokens:,} tokens (from {horizon.source})")
         schedule = make_schedule(cfg, horizon)
@@ -250,7 +250,7 @@ def network(cfg: Config, vocab_size: int) -> GPTConfig:
     return GPTConfig.modern(window_pattern=cfg.window_pattern, qk_scale=cfg.qk_scale, **sizes)
 
 
-def plan_run(cfg: Config, config: GPTConfig) -> Horizon:
+def plan_run(cfg: Config, config: GPTConfig, world_size: int) -> Horizon:
     """Steps, batch and scale of the learning rates; the 12-layer model with the same flags is the reference."""
     from dataclasses import replace
 
@@ -267,6 +267,7 @@ def plan_run(cfg: Config, config: GPTConfig) -> Horizon:
         target_flops=cfg.target_flops,
         param_data_ratio=cfg.target_param_data_ratio,
         total_batch_size=cfg.total_batch_size,
+        row_tokens=cfg.max_seq_len * world_size,
     )
 
 
@@ -300,7 +301,7 @@ def dry_run(cfg: Config, world: World, dtype: torch.dtype, compiled: bool) -> No
     except UserError:
         vocab_size = 32768
     config = network(cfg, vocab_size)
-    horizon = plan_run(cfg, config)
+    horizon = plan_run(cfg, config, world.size)
     setting = Setting(
         rows=1, world_size=world.size, compute_bytes=dtype.itemsize, on_gpu=world.device.type == "cuda",
         compiled=compiled, recompute=cfg.recompute,

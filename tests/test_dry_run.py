@@ -43,7 +43,7 @@ def test_it_needs_no_tokenizer_and_names_sizes_that_cannot_be(tiny_run, capsys):
 
 def test_the_heads_of_the_reference_need_not_be_a_multiple_of_the_key_value_heads():
     cfg = Config(depth=16, kv_heads=4)
-    horizon = plan_run(cfg, network(cfg, 32768))
+    horizon = plan_run(cfg, network(cfg, 32768), 1)
     assert (horizon.num_steps, horizon.total_batch_size) == (4992, 2**19)
     assert horizon.weight_decay_scale == pytest.approx(0.4831735)
 

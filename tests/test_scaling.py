@@ -6,7 +6,7 @@ import pytest
 
 from nanochat.common import UserError
 from nanochat.network_config import GPTConfig
-from nanochat.scaling import accumulation_steps, model_dimensions, plan_horizon
+from nanochat.scaling import accumulation_steps, model_dimensions, plan_horizon, whole_rows
 from nanochat.sizing import flops_per_token, scaling_parameters
 
 
@@ -46,6 +46,21 @@ def test_speedrun_and_other_horizons():
         plan_horizon(params, REFERENCE, flops, param_data_ratio=0)
     with pytest.raises(UserError, match="less than one step"):
         plan_horizon(100, 100, 1, total_batch_size=1_000_000)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 6, 7, 8, 12])
+def test_a_chosen_batch_divides_over_any_number_of_ranks(ranks):
+    params, flops = modern(12)
+    total = plan_horizon(params, REFERENCE, flops, row_tokens=2048 * ranks).total_batch_size
+    assert total == 2**19 or 2**19 % ranks
+    assert total == pytest.approx(2**19, rel=0.13)
+    assert accumulation_steps(total, 4, 2048, ranks) >= 4
+
+
+def test_batches_that_make_no_sense():
+    assert whole_rows(100, 64) == 128 and whole_rows(10, 64) == 64
+    with pytest.raises(UserError, match="--total-batch-size=0 must be"):
+        plan_horizon(100, 100, 1, total_batch_size=0)
 
 
 def test_dimensions():

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanochat.common import UserError
 from nanochat.schedule import Schedule
 
 
@@ -50,3 +51,9 @@ def test_bounded_for_every_step(num_steps, warmup, warmdown, final, step):
     schedule = Schedule(num_steps, warmup, min(warmdown, num_steps), final, 100, momentum_end=0.9)
     assert 0 <= schedule.lr_multiplier(step) <= 1 + 1e-12
     assert 0.85 <= schedule.momentum(step) <= 0.97
+
+
+@pytest.mark.parametrize("steps", [{"warmdown_steps": -1}, {"warmdown_steps": 11}, {"warmup_steps": -1}])
+def test_a_ramp_longer_than_the_run_is_refused(steps):
+    with pytest.raises(UserError, match="do not fit a run of 10"):
+        Schedule(10, **steps)
