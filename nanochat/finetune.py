@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from nanochat.common import print0
 from nanochat.configurator import as_dict, option
+from nanochat.options import StageConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,16 +29,7 @@ N = TypeVar("N", int, float)
 
 
 @dataclass(frozen=True)
-class LoraConfig:
-    """Settings of every stage that can train adapters, see nanochat/lora.py."""
-
-    lora_rank: int = option(0, "train adapters of this rank instead of the weights (LoRA); 0: off")
-    lora_alpha: float = option(16.0, "what the adapters add is multiplied by alpha / rank")
-    lora_lr: float = option(0.01, "learning rate of the adapters (AdamW)")
-
-
-@dataclass(frozen=True)
-class PolicyConfig(LoraConfig):
+class PolicyConfig(StageConfig):
     """Learning rates of the stages that shift an already trained model, RL and DPO: small ones."""
 
     embedding_lr: float = option(0.2, "learning rate of the embedding tables (AdamW)")
@@ -48,19 +40,10 @@ class PolicyConfig(LoraConfig):
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(LoraConfig):
+class FinetuneConfig(StageConfig):
     """Settings that mid-training and SFT share. None: as in the run that made the source model."""
 
-    run: str = option("dummy", "wandb run name; dummy: no wandb")
-    device_type: str = option("", "cuda, mps or cpu; empty: the best there is")
     compile: str = option("auto", "compile the step", choices=("auto", "on", "off"))
-    precision: str = option(
-        "auto", "numbers that are multiplied", choices=("auto", "fp32", "bf16", "fp16", "fp8", "mxfp4")
-    )
-    source: str = option("base", "stage whose model to start from", choices=("base", "mid", "sft"))
-    model_tag: str | None = option(None, "checkpoint folder to read; default the largest")
-    model_step: int | None = option(None, "step of the source model; default the last")
-    output_tag: str | None = option(None, "checkpoint folder to write; default the name of the one read")
     load_optimizer: bool = option(True, "start from the source's optimizer state")
     add_layers: int = option(0, "put this many new layers on top of the source model")
     freeze_layers: int = option(0, "let this many layers, from the lowest, and the tables rest")
@@ -79,12 +62,8 @@ class FinetuneConfig(LoraConfig):
     warmup_ratio: float = option(0.0, "part of the run with rising learning rate")
     warmdown_ratio: float = option(0.2, "part of the run with falling learning rate")
     final_lr_frac: float = option(0.0, "learning rate at the end, relative to the peak")
-    clip_norm: float = option(0.0, "clip the gradient to this norm; 0: off")
     eval_every: int = option(150, "steps between validations; -1: off")
     eval_tokens: int = option(20 * 524288, "validation tokens")
-    save_every: int = option(-1, "steps between checkpoints; -1: only at the end and when interrupted")
-    keep_last: int = option(0, "checkpoints to keep; 0: all")
-    resume: str = option("auto", "auto: continue the run in the folder; never: start over; or a step")
     dry_run: bool = option(False, "train, but leave no checkpoint")
 
 
@@ -118,7 +97,7 @@ def finetune(
 
     with distributed(cfg.device_type) as world:
         precision, compiled = announce(world, cfg.compile, cfg.precision)
-        beginning = begin(stage, cfg.source, cfg.model_tag, cfg.model_step, cfg.output_tag, cfg.resume, world)
+        beginning = begin(stage, cfg, world)
         source, tokenizer = beginning.source, beginning.source.tokenizer()
         sizes = inherit_sizes(cfg, source, world)
         model = beginning.weights(cfg.lora_rank > 0).model(world.device, precision.dtype, sizes.max_seq_len)

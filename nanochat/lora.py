@@ -20,8 +20,8 @@ from nanochat.optim import MuonAdamW
 
 if TYPE_CHECKING:
     from nanochat.checkpoint_manager import Checkpoint
-    from nanochat.finetune import LoraConfig
     from nanochat.gpt import GPT
+    from nanochat.options import StageConfig
 
 
 Layer = nn.Linear | nn.Embedding
@@ -143,7 +143,7 @@ class AdapterOptimizer(MuonAdamW):
 
 
 def train_adapters(
-    cfg: LoraConfig, model: GPT, source: Checkpoint, world: World, lr_scale: float
+    cfg: StageConfig, model: GPT, source: Checkpoint, world: World, lr_scale: float
 ) -> AdapterOptimizer:
     """Add adapters to the source's model as the settings say; returns the optimizer that trains them alone."""
     num_frozen = sum(parameter.numel() for parameter in model.parameters())

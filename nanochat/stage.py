@@ -22,6 +22,7 @@ from nanochat.compilation import should_compile
 from nanochat.flash_attention import describe_backend
 from nanochat.gpt import GPT
 from nanochat.metrics import Value, duration
+from nanochat.options import StageConfig
 from nanochat.precision import Precision, choose_precision
 from nanochat.report import get_report
 from nanochat.trainer import TrainingPlan
@@ -84,20 +85,12 @@ class Beginning:
         return self.source if with_adapters else self.resume_from or self.source
 
 
-def begin(
-    stage: str,
-    source: str,
-    tag: str | None,
-    step: int | None,
-    output_tag: str | None,
-    resume: str,
-    world: World,
-) -> Beginning:
+def begin(stage: str, cfg: StageConfig, world: World) -> Beginning:
     """Find the source model, the folder to write and what lies there to continue; say so."""
-    found = Checkpoint.open(*locate(source, tag, step))
+    found = Checkpoint.open(*locate(cfg.source, cfg.model_tag, cfg.model_step))
     print0(f"source model: {found.directory} step {found.step}")
-    directory = output_folder(stage, found.directory, output_tag)
-    return Beginning(found, directory, find_resume_point(directory, world, resume))
+    directory = output_folder(stage, found.directory, cfg.output_tag)
+    return Beginning(found, directory, find_resume_point(directory, world, cfg.resume))
 
 
 def data_facts(counts: Mapping[str, int | float]) -> dict[str, Value]:

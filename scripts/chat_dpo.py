@@ -22,18 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config(PolicyConfig):
-    run: str = option("dummy", "wandb run name; dummy: no wandb")
-    device_type: str = option("", "cuda, mps or cpu; empty: the best there is")
     compile: str = option("auto", "compile the step", choices=("auto", "on", "off"))
-    precision: str = option(
-        "auto", "numbers that are multiplied", choices=("auto", "fp32", "bf16", "fp16", "fp8")
-    )
     source: str = option(
         "sft", "stage whose model to start from", choices=("base", "mid", "sft", "dpo", "rl")
     )
-    model_tag: str | None = option(None, "checkpoint folder to read; default the largest")
-    model_step: int | None = option(None, "step of the source model; default the last")
-    output_tag: str | None = option(None, "checkpoint folder to write; default the name of the one read")
     data: str = option("", "JSONL file of pairs; empty: word problems with right and wrong solutions")
     val_data: str = option("", "JSONL file of held-out pairs; needed with --data")
     max_pairs: int = option(-1, "train on the first pairs only; -1: all")
@@ -48,11 +40,7 @@ class Config(PolicyConfig):
     pairs_per_step: int = option(32, "pairs per step over all ranks")
     warmup_ratio: float = option(0.1, "part of the run with rising learning rate")
     warmdown_ratio: float = option(0.5, "part of the run with falling learning rate")
-    clip_norm: float = option(0.0, "clip the gradient to this norm; 0: off")
     eval_every: int = option(50, "steps between validations; -1: off")
-    save_every: int = option(-1, "steps between checkpoints; -1: only at the end and when interrupted")
-    keep_last: int = option(0, "checkpoints to keep; 0: all")
-    resume: str = option("auto", "auto: continue the run in the folder; never: start over; or a step")
     dry_run: bool = option(False, "train, but leave no checkpoint")
 
 
@@ -68,7 +56,7 @@ def main(cfg: Config) -> None:
     with distributed(cfg.device_type) as world:
         precision, compiled = announce(world, cfg.compile, cfg.precision)
         accumulation = count_micro_batches(cfg, world.size)
-        beginning = begin("dpo", cfg.source, cfg.model_tag, cfg.model_step, cfg.output_tag, cfg.resume, world)
+        beginning = begin("dpo", cfg, world)
         source, tokenizer = beginning.source, beginning.source.tokenizer()
 
         longest = cfg.max_seq_len or source.meta.get("max_seq_len") or source.config().sequence_len

@@ -30,15 +30,7 @@ TASKS = ("GSM8K", "SpellingBee", "HumanEval", "SimpleSpelling", "ARC-Easy", "ARC
 
 @dataclass(frozen=True)
 class Config(PolicyConfig):
-    run: str = option("dummy", "wandb run name; dummy: no wandb")
-    device_type: str = option("", "cuda, mps or cpu; empty: the best there is")
-    precision: str = option(
-        "auto", "numbers that are multiplied", choices=("auto", "fp32", "bf16", "fp16", "fp8")
-    )
     source: str = option("sft", "stage whose model to start from", choices=("mid", "sft", "dpo", "rl"))
-    model_tag: str | None = option(None, "checkpoint folder to read; default the largest")
-    model_step: int | None = option(None, "step of the source model; default the last")
-    output_tag: str | None = option(None, "checkpoint folder to write; default the name of the one read")
     task: str = option("GSM8K", "what is rewarded: the number of GSM8K, SpellingBee; unit tests passed in HumanEval;"
         " an exact match in SimpleSpelling, ARC, MMLU", choices=TASKS)  # fmt: skip
     num_epochs: int = option(1, "passes over the questions")
@@ -52,13 +44,11 @@ class Config(PolicyConfig):
     num_updates: int = option(1, "optimizer steps on the same answers")
     clip: float = option(0.0, "a token's probability ratio counts up to 1 +- this (PPO); 0: off")
     kl: float = option(0.0, "weight of the divergence from the source model, which is kept in memory; 0: off")
-    clip_norm: float = option(0.0, "clip the gradient to this norm; 0: off")
     eval_every: int = option(60, "steps between evaluations; -1: off")
     eval_examples: int = option(400, "test questions per evaluation")
     eval_samples: int = option(8, "answers per test question, for pass@1 to pass@8")
     save_every: int = option(60, "steps between checkpoints; -1: only at the end and when interrupted")
     keep_last: int = option(1, "checkpoints to keep; 0: all")
-    resume: str = option("auto", "auto: continue the run in the folder; never: start over; or a step")
 
 
 def main(cfg: Config) -> None:
@@ -83,7 +73,7 @@ def main(cfg: Config) -> None:
             raise UserError("--num-updates must be at least 1, --clip and --kl not negative")
         if cfg.clip > 0 and cfg.num_updates == 1:
             raise UserError("--clip changes nothing with --num-updates=1: no probability has moved yet")
-        beginning = begin("rl", cfg.source, cfg.model_tag, cfg.model_step, cfg.output_tag, cfg.resume, world)
+        beginning = begin("rl", cfg, world)
         source, tokenizer = beginning.source, beginning.source.tokenizer()
         model = beginning.weights(cfg.lora_rank > 0).model(world.device, precision.dtype)
         announce_model(model, precision)

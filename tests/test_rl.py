@@ -148,6 +148,7 @@ def test_precision_and_clipping_reach_the_update(rewarded):
     found, norms = {}, {}
     for name, flags in {
         "exact": {}, "loose": {"clip_norm": 1e3}, "tight": {"clip_norm": 1e-4}, "fp16": {"precision": "fp16"},
+        "mxfp4": {"precision": "mxfp4"},
     }.items():  # fmt: skip
         run_here("chat_rl", source="mid", eval_every=-1, num_iterations=1, output_tag=name, **flags)
         directory = rewarded / "chatrl_checkpoints" / name
@@ -156,6 +157,7 @@ def test_precision_and_clipping_reach_the_update(rewarded):
     assert min(norms.values()) > 1e-3
     assert largest_difference(found["exact"], found["loose"]) == 0
     assert largest_difference(found["exact"], found["tight"]) > 0
+    assert largest_difference(found["exact"], found["mxfp4"]) > 0
     state = Checkpoint.open(rewarded / "chatrl_checkpoints" / "fp16", 1).meta["loop_state"]
     assert state["loss_scale"] == 2.0**16 and state["skipped_steps"] == 0
     assert all(tensor.dtype == torch.float32 for tensor in found["fp16"].values())

@@ -21,7 +21,7 @@ SCRIPTS = sorted(
 TRAINING_NEEDS = {"torch", "numpy", "pyarrow", "tiktoken", "rustbpe", "nanochat", "tasks", "scripts"}
 # Ground first; a module imports at its top level only from its own layer or below.
 LIBRARY_LAYERS = [
-    {"machine", "common", "configurator", "native"},
+    {"machine", "common", "configurator", "options", "native"},
     {"tokenizer", "tokenizer_base", "tokenizer_hf", "tokenizer_files", "conversation", "tinyworld", "download", "manifests", "hub", "dataset", "packing", "prefetch", "mixture", "document_reader", "dataloader", "chat_loader"},
     {"network_config", "sizing", "memory", "gpt", "parameter_groups", "growth", "lora", "kv_cache", "cpu_attention", "flash_attention", "muon", "sharding", "optim", "scaling", "schedule", "compilation", "batch_fit", "fp8", "mxfp4", "head_loss", "precision", "config_versions"},
     {"snapshot", "checkpoint_manager", "metrics", "training_run", "trainer"},

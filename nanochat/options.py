@@ -1,0 +1,29 @@
+"""Options that several scripts have, in one wording. Imports nothing heavy, so that --help stays instant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanochat.configurator import option
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """Settings of every stage that goes on from the model of an earlier one: mid-training, SFT, DPO and RL."""
+
+    run: str = option("dummy", "wandb run name; dummy: no wandb")
+    device_type: str = option("", "cuda, mps or cpu; empty: the best there is")
+    precision: str = option(
+        "auto", "numbers that are multiplied", choices=("auto", "fp32", "bf16", "fp16", "fp8", "mxfp4")
+    )
+    source: str = option("base", "stage whose model to start from", choices=("base", "mid", "sft"))
+    model_tag: str | None = option(None, "checkpoint folder to read; default the largest")
+    model_step: int | None = option(None, "step of the source model; default the last")
+    output_tag: str | None = option(None, "checkpoint folder to write; default the name of the one read")
+    lora_rank: int = option(0, "train adapters of this rank instead of the weights (LoRA); 0: off")
+    lora_alpha: float = option(16.0, "what the adapters add is multiplied by alpha / rank")
+    lora_lr: float = option(0.01, "learning rate of the adapters (AdamW)")
+    clip_norm: float = option(0.0, "clip the gradient to this norm; 0: off")
+    save_every: int = option(-1, "steps between checkpoints; -1: only at the end and when interrupted")
+    keep_last: int = option(0, "checkpoints to keep; 0: all")
+    resume: str = option("auto", "auto: continue the run in the folder; never: start over; or a step")
