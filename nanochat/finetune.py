@@ -64,7 +64,6 @@ class FinetuneConfig(StageConfig):
     final_lr_frac: float = option(0.0, "learning rate at the end, relative to the peak")
     eval_every: int = option(150, "steps between validations; -1: off")
     eval_tokens: int = option(20 * 524288, "validation tokens")
-    dry_run: bool = option(False, "train, but leave no checkpoint")
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ def finetune(
             keep_last=cfg.keep_last,
             compile=compiled,
             clip_norm=cfg.clip_norm,
-            save=not cfg.dry_run,
+            save=cfg.save,
             extra_meta={
                 "device_batch_size": rows,
                 "recompute": model.recompute,

@@ -24,6 +24,7 @@ class StageConfig:
     lora_alpha: float = option(16.0, "what the adapters add is multiplied by alpha / rank")
     lora_lr: float = option(0.01, "learning rate of the adapters (AdamW)")
     clip_norm: float = option(0.0, "clip the gradient to this norm; 0: off")
+    save: bool = option(True, "write checkpoints and the report section")
     save_every: int = option(-1, "steps between checkpoints; -1: only at the end and when interrupted")
     keep_last: int = option(0, "checkpoints to keep; 0: all")
     resume: str = option("auto", "auto: continue the run in the folder; never: start over; or a step")

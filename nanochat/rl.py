@@ -182,7 +182,8 @@ def train_rl(
             **used,
             **state.results,
         }
-        get_report().log(section="Chat RL", data=[plan.settings, outcome])
+        if plan.save:
+            get_report().log(section="Chat RL", data=[plan.settings, outcome])
 
 
 def _step(plan: RLPlan, run: TrainingRun, task: RewardedTask, sampler: GroupSampler) -> dict[str, Value]:

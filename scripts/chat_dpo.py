@@ -41,7 +41,6 @@ class Config(PolicyConfig):
     warmup_ratio: float = option(0.1, "part of the run with rising learning rate")
     warmdown_ratio: float = option(0.5, "part of the run with falling learning rate")
     eval_every: int = option(50, "steps between validations; -1: off")
-    dry_run: bool = option(False, "train, but leave no checkpoint")
 
 
 def main(cfg: Config) -> None:
@@ -92,7 +91,7 @@ def main(cfg: Config) -> None:
             keep_last=cfg.keep_last,
             compile=compiled,
             clip_norm=cfg.clip_norm,
-            save=not cfg.dry_run,
+            save=cfg.save,
             objective=preference,
             extra_meta={"max_seq_len": longest, "source": {"stage": cfg.source, "step": source.step}},
         )

@@ -104,6 +104,7 @@ def main(cfg: Config) -> None:
             save_every=cfg.save_every,
             keep_last=cfg.keep_last,
             clip_norm=cfg.clip_norm,
+            save=cfg.save,
             extra_meta={"device_batch_size": cfg.device_batch_size},
             task=cfg.task,
             examples_per_step=cfg.examples_per_step,

@@ -8,12 +8,14 @@ import os
 import signal
 import subprocess
 import time
+from importlib import import_module
 
 import pytest
 import torch
 
 from nanochat.checkpoint_manager import Checkpoint, list_steps
 from nanochat.common import UserError
+from nanochat.configurator import parse
 from nanochat.metrics import read_metrics
 from tests.training import ROOT, command, largest_difference, run_here, weights
 
@@ -145,6 +147,23 @@ def test_a_finished_run_is_not_repeated(tiny_run, capsys):
     before = (tiny_run / "base_checkpoints" / "t" / "model_000006.pt").stat().st_mtime_ns
     run_here("base_train")
     assert (tiny_run / "base_checkpoints" / "t" / "model_000006.pt").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags"),
+    [("chat_sft", {}), ("chat_dpo", {"max_pairs": 8, "max_val_pairs": 8}), ("chat_rl", {})],
+)
+def test_without_saving_a_stage_leaves_only_its_metrics(tiny_run, stage, flags):
+    for earlier in ("base_train", "mid_train"):
+        run_here(earlier, num_iterations=1, eval_every=-1)
+    before = set(tiny_run.rglob("*"))
+    run_here(stage, source="mid", save=False, num_iterations=1, eval_every=-1, **flags)
+    made = {path.name for path in set(tiny_run.rglob("*")) - before if path.is_file()}
+    assert "metrics.jsonl" in made and made <= {"metrics.jsonl", "lock"}
+    config = import_module(f"scripts.{stage}").Config
+    assert parse(config, ["--no-save"]).save is False
+    with pytest.raises(UserError, match="--dry-run is not an option"):
+        parse(config, ["--dry-run"])
 
 
 def test_other_settings_do_not_continue_a_run(tiny_run):
