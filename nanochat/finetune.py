@@ -7,6 +7,7 @@ conversation in mid-training, what the assistant says in SFT.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from nanochat.common import print0
@@ -81,7 +82,7 @@ def finetune(
     title: str,
     mixture: Callable[[], tuple[Conversations, Conversations]],
     mask: bool,
-    more_evaluations: Callable[[GPT, RustBPETokenizer, World], tuple[Evaluation, ...]] | None = None,
+    more_evaluations: Callable[[GPT, RustBPETokenizer, World], tuple[Evaluation, ...]] = lambda *_: (),
 ) -> None:
     """Run one stage of training on conversations.
 
@@ -89,7 +90,7 @@ def finetune(
     """
     from nanochat.chat_loader import ChatLoader
     from nanochat.common import distributed
-    from nanochat.lora import merge_adapters, train_adapters
+    from nanochat.lora import merge_adapters
     from nanochat.scaling import REFERENCE_BATCH, accumulation_steps
     from nanochat.stage import announce, announce_batch, announce_model, begin, data_facts, finish
     from nanochat.trainer import TrainingPlan, train
@@ -113,47 +114,30 @@ def finetune(
         print0(f"{len(train_task):,} conversations, {num_steps:,} steps; {schedule.describe()}")
         lr_scale = (total / REFERENCE_BATCH) ** 0.5
         rates = inherit_rates(cfg, source)
-        if cfg.lora_rank:
-            optimizer = train_adapters(cfg, model, source, world, cfg.init_lr_frac)
-        else:
-            optimizer = make_optimizer(cfg, model, source, world, rates, lr_scale)
-
-        found = (validation(cfg, model, tokenizer, val_task, sizes, world, mask),)
-        if more_evaluations is not None:
-            found += more_evaluations(model, tokenizer, world)
+        optimizer = make_optimizer(cfg, model, source, world, rates, lr_scale)
+        bits_per_byte = validation(cfg, model, tokenizer, val_task, sizes, world, mask)
         plan = TrainingPlan(
             stage=stage,
             directory=beginning.directory,
             schedule=schedule,
             total_batch_size=total,
             accumulation=accumulation,
-            settings=as_dict(cfg),
-            run=cfg.run,
             project=f"nanochat-{stage}",
-            evaluations=found,
-            save_every=cfg.save_every,
-            keep_last=cfg.keep_last,
+            evaluations=(bits_per_byte, *more_evaluations(model, tokenizer, world)),
             compile=compiled,
-            clip_norm=cfg.clip_norm,
-            save=cfg.save,
             extra_meta={
-                "device_batch_size": rows,
+                **as_dict(sizes),
                 "recompute": model.recompute,
-                "max_seq_len": length,
                 "lr_scale": lr_scale,
                 "rates": rates,
                 "source": {"stage": cfg.source, "step": source.step},
             },
+            **cfg.plan_settings(),
         )
-        used: list[ChatLoader] = []
-
-        def make_loader(state: dict | None) -> ChatLoader:
-            used.append(ChatLoader(tokenizer, train_task, rows, length, world, mask=mask, state=state))
-            return used[-1]
-
-        state = train(plan, world, model, tokenizer, optimizer, make_loader, beginning.resume_from)
+        make_loader = partial(ChatLoader, tokenizer, train_task, rows, length, world, mask=mask)
+        state, loader = train(plan, world, model, tokenizer, optimizer, make_loader, beginning.resume_from)
         merge_adapters(model)
-        facts = {"Training conversations": len(train_task), **data_facts(used[0].stats())}
+        facts = {"Training conversations": len(train_task), **data_facts(loader.stats())}
         finish(title, plan, world, model, state, facts)
 
 
@@ -245,7 +229,14 @@ def make_optimizer(
     rates: dict[str, float],
     lr_scale: float,
 ) -> MuonAdamW:
-    """Rates scaled to this batch, but for smear and backout, which no batch scales; moments from the source."""
+    """Rates scaled to this batch, but for smear and backout, which no batch scales; moments from the source.
+
+    With --lora-rank it trains adapters beside the weights, at a rate of their own.
+    """
+    from nanochat.lora import train_adapters
+
+    if cfg.lora_rank:
+        return train_adapters(cfg, model, source, world, cfg.init_lr_frac)
     scaled = {
         name: rate * cfg.init_lr_frac * (1.0 if name == "smear_lr" else lr_scale)
         for name, rate in rates.items()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from nanochat.configurator import option
+from nanochat.configurator import as_dict, option
 
 
 @dataclass(frozen=True)
@@ -28,3 +29,9 @@ class StageConfig:
     save_every: int = option(-1, "steps between checkpoints; -1: only at the end and when interrupted")
     keep_last: int = option(0, "checkpoints to keep; 0: all")
     resume: str = option("auto", "auto: continue the run in the folder; never: start over; or a step")
+
+    def plan_settings(self) -> dict[str, Any]:
+        """Fields of a RunPlan that are settings, under the same names, and all settings for the record."""
+        settings = as_dict(self)
+        same = ("run", "clip_norm", "save", "save_every", "keep_last")
+        return {"settings": settings, **{name: settings[name] for name in same}}

@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -39,6 +39,9 @@ class Loader(Protocol):
 
     @property
     def epoch(self) -> int: ...
+
+
+L = TypeVar("L", bound=Loader)
 
 
 class Objective(Protocol):
@@ -86,16 +89,16 @@ def train(
     model: GPT,
     tokenizer: RustBPETokenizer,
     optimizer: MuonAdamW,
-    make_loader: Callable[[dict | None], Loader],
+    make_loader: Callable[..., L],
     resume_from: Checkpoint | None = None,
-) -> LoopState:
-    """Train until the schedule ends; save, then evaluate, as often as the plan says. Returns the last state.
+) -> tuple[LoopState, L]:
+    """Train until the schedule ends; save, then evaluate, as often as the plan says. Returns last state and loader.
 
-    make_loader: builds the data loader from a saved state or from None.
+    make_loader: builds the data loader when called with state=, a saved one or None.
     SIGTERM and Ctrl-C finish the running step, save, and raise KeyboardInterrupt.
     """
     run = TrainingRun(plan, world, model, tokenizer, optimizer, resume_from)
-    loader = make_loader(run.data_state)
+    loader = make_loader(state=run.data_state)
     forward = torch.compile(model, dynamic=False) if plan.compile else model
     steps = _Steps(plan, run, loader, forward)
     try:
@@ -103,7 +106,7 @@ def train(
     finally:
         gc.unfreeze()
         gc.enable()
-    return run.state
+    return run.state, loader
 
 
 @dataclass

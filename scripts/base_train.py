@@ -8,6 +8,7 @@ torchrun --standalone --nproc_per_node=8 -m scripts.base_train --depth=24
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from nanochat.configurator import as_dict, option, run
@@ -167,19 +168,11 @@ def main(cfg: Config) -> None:
                 "lr_scale": scale,
             },
         )
-
-        loaders = []
-
-        def make_loader(state: dict | None) -> PretrainLoader:
-            loaders.append(
-                PretrainLoader(tokenizer, rows, length, "train", world, packing=cfg.packing, state=state)
-            )
-            return loaders[-1]
-
-        state = train(plan, world, model, tokenizer, optimizer, make_loader, resume_from)
+        make_loader = partial(PretrainLoader, tokenizer, rows, length, "train", world, packing=cfg.packing)
+        state, loader = train(plan, world, model, tokenizer, optimizer, make_loader, resume_from)
         facts = {
             "Tokens : Scaling params ratio": horizon.num_tokens / scaling_parameters(config),
-            "Tokens dropped by packing": f"{100 * loaders[-1].stats()['fraction_dropped']:.1f} %",
+            "Tokens dropped by packing": f"{100 * loader.stats()['fraction_dropped']:.1f} %",
         }
         finish("Base model training", plan, world, model, state, facts)
 

@@ -10,9 +10,10 @@ dialogues. Without files, the pairs are the word problems of GSM8K: the solution
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-from nanochat.configurator import as_dict, option, run
+from nanochat.configurator import option, run
 from nanochat.finetune import PolicyConfig, make_policy_optimizer
 
 if TYPE_CHECKING:
@@ -83,27 +84,17 @@ def main(cfg: Config) -> None:
             schedule=schedule,
             total_batch_size=total,
             accumulation=accumulation,
-            settings=as_dict(cfg),
-            run=cfg.run,
             project="nanochat-dpo",
             evaluations=(Evaluation(cfg.eval_every, measure, at_start=True),),
-            save_every=cfg.save_every,
-            keep_last=cfg.keep_last,
             compile=compiled,
-            clip_norm=cfg.clip_norm,
-            save=cfg.save,
             objective=preference,
             extra_meta={"max_seq_len": longest, "source": {"stage": cfg.source, "step": source.step}},
+            **cfg.plan_settings(),
         )
-        used: list[PairLoader] = []
-
-        def make_loader(state: dict | None) -> PairLoader:
-            used.append(PairLoader(data, cfg.device_batch_size, world, state=state))
-            return used[-1]
-
-        state = train(plan, world, model, tokenizer, optimizer, make_loader, beginning.resume_from)
+        make_loader = partial(PairLoader, data, cfg.device_batch_size, world)
+        state, loader = train(plan, world, model, tokenizer, optimizer, make_loader, beginning.resume_from)
         merge_adapters(model)
-        facts = {"Training pairs": len(train_pairs), **data_facts(used[0].stats())}
+        facts = {"Training pairs": len(train_pairs), **data_facts(loader.stats())}
         finish("Chat DPO", plan, world, model, state, facts)
 
 

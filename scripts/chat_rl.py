@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nanochat.configurator import as_dict, option, run
+from nanochat.configurator import option, run
 from nanochat.finetune import PolicyConfig, make_policy_optimizer
 
 if TYPE_CHECKING:
@@ -97,19 +97,14 @@ def main(cfg: Config) -> None:
             stage="rl",
             directory=beginning.directory,
             schedule=schedule,
-            settings=as_dict(cfg),
-            run=cfg.run,
             project="nanochat-rl",
             evaluations=(Evaluation(cfg.eval_every, evaluate, at_start=True),),
-            save_every=cfg.save_every,
-            keep_last=cfg.keep_last,
-            clip_norm=cfg.clip_norm,
-            save=cfg.save,
             extra_meta={"device_batch_size": cfg.device_batch_size},
             task=cfg.task,
             examples_per_step=cfg.examples_per_step,
             device_batch_size=cfg.device_batch_size,
             surrogate=Surrogate(cfg.num_updates, cfg.clip, cfg.kl, reference),
+            **cfg.plan_settings(),
         )
         sampler = GroupSampler(
             engine, tokenizer, cfg.num_samples, cfg.max_new_tokens, cfg.temperature, cfg.top_k
