@@ -290,7 +290,7 @@ def validation(
     token_bytes = get_token_bytes(world.device, tokenizer)
     rows, length = sizes.device_batch_size, sizes.max_seq_len
 
-    def measure(step: int) -> dict:
+    def measure() -> dict:
         loader = ChatLoader(tokenizer, task, rows, length, world, mask=mask)
         batches = max(cfg.eval_tokens // (rows * length * world.size), 1)
         bpb = evaluate_bpb(model, loader, batches, token_bytes, world)

@@ -50,7 +50,7 @@ class Evaluation:
     """Something measured during training: every `every` steps and at the end; never if every <= 0."""
 
     every: int
-    measure: Callable[[int], dict[str, Value]]
+    measure: Callable[[], dict[str, Value]]
     at_start: bool = False
 
     def is_due(self, step: int, last_step: int) -> bool:
@@ -345,7 +345,7 @@ class TrainingRun:
                 if stop.at_once and stop.received:
                     raise KeyboardInterrupt
                 with torch.no_grad(), without_float8(self.model):
-                    values = evaluation.measure(self.state.step)
+                    values = evaluation.measure()
             except KeyboardInterrupt:
                 stop.at_once = False
                 self._leave()

@@ -336,18 +336,18 @@ def evaluations(
 
     token_bytes = get_token_bytes(world.device, tokenizer)
 
-    def bits_per_byte(step: int) -> dict:
+    def bits_per_byte() -> dict:
         loader = PretrainLoader(tokenizer, rows, cfg.max_seq_len, "val", world)
         batches = max(cfg.eval_tokens // (rows * cfg.max_seq_len * world.size), 1)
         bpb = evaluate_bpb(model, loader, batches, token_bytes, world)
         loader.close()
         return {"val/bpb": bpb}
 
-    def core(step: int) -> dict:
+    def core() -> dict:
         outcome = evaluate_core(model, tokenizer, world, max_per_task=cfg.core_metric_max_per_task)
         return {"core_metric": outcome["core_metric"], "centered_results": outcome["centered_results"]}
 
-    def samples(step: int) -> dict:
+    def samples() -> dict:
         if world.is_main:
             engine = Engine(model, tokenizer)
             for prompt in PROMPTS:

@@ -75,7 +75,7 @@ def main(cfg: Config) -> None:
         schedule = make_schedule(cfg, len(data.pairs))
         print0(f"{len(data.pairs):,} pairs, {schedule.num_steps:,} steps; {schedule.describe()}")
 
-        def measure(step: int) -> dict:
+        def measure() -> dict:
             return dict(evaluate_pairs(model, preference, held_out, cfg.device_batch_size, world))
 
         plan = TrainingPlan(

@@ -90,7 +90,7 @@ def main(cfg: Config) -> None:
         print0(f"{num_steps} steps of {cfg.examples_per_step} questions x {cfg.num_samples} answers")
         engine = Engine(model, tokenizer, max_batch=max(cfg.num_samples, 64))
 
-        def evaluate(step: int) -> dict:
+        def evaluate() -> dict:
             return pass_at_k(cfg, engine, tokenizer, test_task, world)
 
         plan = RLPlan(

@@ -86,7 +86,7 @@ def chatcore_evaluation(cfg: Config, model: GPT, tokenizer: RustBPETokenizer, wo
     from nanochat.training_run import Evaluation
     from tasks.chat_eval import ALL_TASKS, CATEGORICAL_TASKS, EvalOptions, chat_core, run_chat_eval
 
-    def measure(step: int) -> dict:
+    def measure() -> dict:
         engine, scores = Engine(model, tokenizer), {}
         generative = [name for name in ALL_TASKS if name not in CATEGORICAL_TASKS]
         for names, limit in (
