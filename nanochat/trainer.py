@@ -109,19 +109,15 @@ def train(
     return run.state, loader
 
 
-@dataclass
 class _Steps:
-    plan: TrainingPlan
-    run: TrainingRun
-    loader: Loader
-    forward: Callable[..., torch.Tensor]
-
-    def __post_init__(self) -> None:
-        self.world, self.state = self.run.world, self.run.state
-        self.flops_per_token = self.run.model.estimate_flops()
+    def __init__(
+        self, plan: TrainingPlan, run: TrainingRun, loader: Loader, forward: Callable[..., torch.Tensor]
+    ) -> None:
+        self.plan, self.run, self.loader, self.forward = plan, run, loader, forward
+        self.world, self.state = run.world, run.state
+        self.flops_per_token = run.model.estimate_flops()
         device = self.world.device
         self.peak = peak_flops(device_name(device)) if device.type == "cuda" else None
-        self.first_step = self.state.step
 
     def timed_step(self, log: MetricsLog) -> None:
         state = self.state
@@ -130,12 +126,12 @@ class _Steps:
         synchronize(self.world.device)
         seconds = time.perf_counter() - started
         state.step += 1
-        if state.step - self.first_step > UNTIMED_STEPS:
+        if state.step - self.run.first_step > UNTIMED_STEPS:
             state.total_training_time += seconds
         if math.isfinite(loss):
             state.smooth_loss += 0.1 * (loss - state.smooth_loss) if state.step > 1 else loss
         self._report(log, loss, norm, seconds)
-        _tame_garbage_collector(state.step - self.first_step)
+        _tame_garbage_collector(state.step - self.run.first_step)
 
     def _train_step(self) -> tuple[float, float]:
         """One optimizer step; returns the loss per target and the norm of the gradient, over all ranks."""
@@ -157,7 +153,9 @@ class _Steps:
             None if self.peak is None else 100 * self.flops_per_token * speed / (self.peak * self.world.size)
         )
         multiplier = plan.schedule.lr_multiplier(state.step - 1)
-        lr = self.run.optimizer.param_groups[-1]["lr"]
+        groups = self.run.optimizer.param_groups
+        matrices = [group for group in groups if group["kind"] == "muon"]  # none where adapters learn alone
+        lr = (matrices or groups)[0]["lr"]
         memory = peak_memory_bytes(self.world.device)
         log.log(
             state.step,
@@ -166,7 +164,7 @@ class _Steps:
                 "train/loss": loss,
                 "train/grad_norm": norm,
                 "train/lrm": multiplier,
-                "train/lr_matrix": lr,
+                "train/lr_matrix" if matrices else "train/lr": lr,
                 "train/dt": seconds,
                 "train/tok_per_sec": speed,
                 "train/mfu": mfu,
@@ -177,7 +175,7 @@ class _Steps:
             },
             kind="train",
         )
-        timed = max(state.step - self.first_step - UNTIMED_STEPS, 0)
+        timed = max(state.step - self.run.first_step - UNTIMED_STEPS, 0)
         per_step = state.total_training_time / (state.step - UNTIMED_STEPS) if timed else seconds
         parts = [
             f"step {state.step:05d}/{last_step:05d} ({100 * state.step / last_step:.1f}%)",

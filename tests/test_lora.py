@@ -8,6 +8,7 @@ import torch
 from nanochat.checkpoint_manager import Checkpoint, list_steps
 from nanochat.common import UserError
 from nanochat.lora import Adapter, AdapterOptimizer, add_adapters, merge_adapters
+from nanochat.metrics import read_metrics
 from tests.toy_data import make_world
 from tests.toy_model import random_model
 from tests.training import run_here, weights
@@ -123,6 +124,8 @@ def test_a_run_resumes_bit_for_bit_and_later_stages_take_its_model(tiny_run):
     run_here("chat_sft", **flags)
     directory = tiny_run / "chatsft_checkpoints" / "t"
     straight = weights(directory)
+    rates = {name for name in read_metrics(directory / "metrics.jsonl")[0] if name.startswith("train/lr")}
+    assert rates == {"train/lr", "train/lrm"}, "no matrix learns by itself"
     base = weights(tiny_run / "base_checkpoints" / "t")
     changed = {name for name in base if not torch.equal(base[name], straight[name])}
     assert changed and all(straight[name].dim() == 2 and "gate" not in name for name in changed)
