@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from nanochat.common import print0
-from nanochat.configurator import as_dict, option
+from nanochat.configurator import option
 from nanochat.options import StageConfig
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nanochat.gpt import GPT
     from nanochat.optim import MuonAdamW
     from nanochat.schedule import Schedule
+    from nanochat.stage import Beginning
     from nanochat.tokenizer import RustBPETokenizer
     from nanochat.training_run import Evaluation
 
@@ -53,7 +54,10 @@ class FinetuneConfig(StageConfig):
     num_iterations: int = option(-1, "optimizer steps; -1: from --num-epochs")
     num_epochs: int = option(1, "passes over the mixture")
     max_seq_len: int | None = option(None, "context in tokens")
-    device_batch_size: int | None = option(None, "rows per micro-batch and rank")
+    device_batch_size: int | None = option(
+        None, "rows per micro-batch and rank; auto: the source's, or on another device the fastest that fits",
+        none="auto",
+    )  # fmt: skip
     total_batch_size: int | None = option(None, "tokens per step")
     embedding_lr: float | None = option(None, "learning rate of the embedding tables (AdamW)")
     unembedding_lr: float | None = option(None, "learning rate of the head (AdamW)")
@@ -65,15 +69,6 @@ class FinetuneConfig(StageConfig):
     final_lr_frac: float = option(0.0, "learning rate at the end, relative to the peak")
     eval_every: int = option(150, "steps between validations; -1: off")
     eval_tokens: int = option(20 * 524288, "validation tokens")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Batch of this run, inherited from the source where not set."""
-
-    max_seq_len: int
-    device_batch_size: int
-    total_batch_size: int
 
 
 def finetune(
@@ -89,7 +84,7 @@ def finetune(
     mixture: builds (training task, validation task). mask: only what the assistant says is a target.
     """
     from nanochat.chat_loader import ChatLoader
-    from nanochat.common import distributed
+    from nanochat.common import device_name, distributed
     from nanochat.lora import merge_adapters
     from nanochat.scaling import REFERENCE_BATCH, accumulation_steps
     from nanochat.stage import announce, announce_batch, announce_model, begin, data_facts, finish
@@ -99,23 +94,22 @@ def finetune(
         precision, compiled = announce(world, cfg.compile, cfg.precision)
         beginning = begin(stage, cfg, world)
         source, tokenizer = beginning.source, beginning.source.tokenizer()
-        sizes = inherit_sizes(cfg, source, world)
-        model = beginning.weights(cfg.lora_rank > 0).model(world.device, precision.dtype, sizes.max_seq_len)
+        length, total = inherit_sizes(cfg, source, world)
+        model = beginning.weights(cfg.lora_rank > 0).model(world.device, precision.dtype, length)
         model = change_layers(cfg, model, source)
-        model.recompute = source.meta.get("recompute", False)  # the memory has not grown since
         announce_model(model, precision)
 
-        total, rows, length = sizes.total_batch_size, sizes.device_batch_size, sizes.max_seq_len
-        accumulation = accumulation_steps(total, rows, length, world.size)
-        announce_batch(total, rows, length, world, accumulation)
-        train_task, val_task = mixture()
-        num_steps = count_steps(cfg, tokenizer, train_task, sizes, mask)
-        schedule = make_schedule(cfg, num_steps)
-        print0(f"{len(train_task):,} conversations, {num_steps:,} steps; {schedule.describe()}")
         lr_scale = (total / REFERENCE_BATCH) ** 0.5
         rates = inherit_rates(cfg, source)
         optimizer = make_optimizer(cfg, model, source, world, rates, lr_scale)
-        bits_per_byte = validation(cfg, model, tokenizer, val_task, sizes, world, mask)
+        rows = choose_rows(cfg, model, optimizer, beginning, world, length, total)
+        accumulation = accumulation_steps(total, rows, length, world.size)
+        announce_batch(total, rows, length, world, accumulation)
+        train_task, val_task = mixture()
+        num_steps = count_steps(cfg, tokenizer, train_task, length, total, mask)
+        schedule = make_schedule(cfg, num_steps)
+        print0(f"{len(train_task):,} conversations, {num_steps:,} steps; {schedule.describe()}")
+        bits_per_byte = validation(cfg, model, tokenizer, val_task, rows, length, world, mask)
         plan = TrainingPlan(
             stage=stage,
             directory=beginning.directory,
@@ -126,8 +120,10 @@ def finetune(
             evaluations=(bits_per_byte, *more_evaluations(model, tokenizer, world)),
             compile=compiled,
             extra_meta={
-                **as_dict(sizes),
+                "max_seq_len": length,
+                "device_batch_size": rows,
                 "recompute": model.recompute,
+                "device": device_name(world.device),
                 "lr_scale": lr_scale,
                 "rates": rates,
                 "source": {"stage": cfg.source, "step": source.step},
@@ -161,29 +157,55 @@ def change_layers(cfg: FinetuneConfig, model: GPT, source: Checkpoint) -> GPT:
     return model
 
 
-def inherit_sizes(cfg: FinetuneConfig, source: Checkpoint, world: World) -> Sizes:
-    """Fill what the flags leave open from the source's metadata, and say so."""
-    values = {}
-    for name, fallback in (("max_seq_len", 2048), ("device_batch_size", 32), ("total_batch_size", 524288)):
-        values[name], origin = _inherited(getattr(cfg, name), source.meta.get(name), fallback)
-        print0(f"{name}: {values[name]:,} ({origin})")
-    if cfg.device_batch_size is None:  # the source may have used another number of ranks
-        rows_per_step = values["total_batch_size"] // (values["max_seq_len"] * world.size)
-        fitting = range(min(values["device_batch_size"], max(rows_per_step, 1)), 0, -1)
-        values["device_batch_size"] = next((b for b in fitting if rows_per_step % b == 0), 1)
-    return Sizes(**values)
+def inherit_sizes(cfg: FinetuneConfig, source: Checkpoint, world: World) -> tuple[int, int]:
+    """Tokens of a row and of a step: from the flags, else from the source run, and say so."""
+    from nanochat.scaling import whole_rows
+
+    meta = source.meta
+    length, origin = _inherited(cfg.max_seq_len, meta.get("max_seq_len"), 2048)
+    print0(f"max_seq_len: {length:,} ({origin})")
+    total, origin = _inherited(cfg.total_batch_size, meta.get("total_batch_size"), 524288)
+    if cfg.total_batch_size is None:  # the source may have used another number of ranks
+        total = whole_rows(total, length * world.size)
+    print0(f"total_batch_size: {total:,} ({origin})")
+    return length, total
+
+
+def choose_rows(
+    cfg: FinetuneConfig,
+    model: GPT,
+    optimizer: MuonAdamW,
+    beginning: Beginning,
+    world: World,
+    length: int,
+    total: int,
+) -> int:
+    """Rows per micro-batch and rank, and model.recompute: given, as before on this device, or measured."""
+    from nanochat.batch_fit import fit_batch
+    from nanochat.common import device_name
+
+    metas = [found.meta for found in (beginning.resume_from, beginning.source) if found is not None]
+    like = {"max_seq_len": length, "device": device_name(world.device)}
+    before = next((meta for meta in metas if all(meta.get(k) == v for k, v in like.items())), None)
+    model.recompute = bool(before and before["recompute"])
+    if cfg.device_batch_size is not None:
+        return cfg.device_batch_size
+    if before is None:
+        return fit_batch(model, optimizer, world, length, total)
+    share = total // (length * world.size)  # of a rank, in rows
+    return max(rows for rows in range(1, min(before["device_batch_size"], share) + 1) if share % rows == 0)
 
 
 def count_steps(
-    cfg: FinetuneConfig, tokenizer: RustBPETokenizer, task: Conversations, sizes: Sizes, mask: bool
+    cfg: FinetuneConfig, tokenizer: RustBPETokenizer, task: Conversations, length: int, total: int, mask: bool
 ) -> int:
     """Optimizer steps of the run: given, or as many as the packed rows of all epochs fill."""
     from nanochat.chat_loader import count_rows
 
     if cfg.num_iterations > 0:
         return cfg.num_iterations
-    rows = count_rows(tokenizer, task, sizes.max_seq_len, mask=mask, epochs=cfg.num_epochs)
-    return max(rows // (sizes.total_batch_size // sizes.max_seq_len), 1)
+    rows = count_rows(tokenizer, task, length, mask=mask, epochs=cfg.num_epochs)
+    return max(rows // (total // length), 1)
 
 
 def make_schedule(cfg: FinetuneConfig, num_steps: int) -> Schedule:
@@ -277,7 +299,8 @@ def validation(
     model: GPT,
     tokenizer: RustBPETokenizer,
     task: Conversations,
-    sizes: Sizes,
+    rows: int,
+    length: int,
     world: World,
     mask: bool,
 ) -> Evaluation:
@@ -288,7 +311,6 @@ def validation(
     from nanochat.training_run import Evaluation
 
     token_bytes = get_token_bytes(world.device, tokenizer)
-    rows, length = sizes.device_batch_size, sizes.max_seq_len
 
     def measure() -> dict:
         loader = ChatLoader(tokenizer, task, rows, length, world, mask=mask)

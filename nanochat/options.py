@@ -7,6 +7,9 @@ from typing import Any
 
 from nanochat.configurator import as_dict, option
 
+# When a run saves whatever its flags say; see training_run.
+SAVED = "one at the end, one when interrupted, and one before an evaluation after ten minutes without"
+
 
 @dataclass(frozen=True)
 class StageConfig:
@@ -26,8 +29,8 @@ class StageConfig:
     lora_lr: float = option(0.01, "learning rate of the adapters (AdamW)")
     clip_norm: float = option(0.0, "clip the gradient to this norm; 0: off")
     save: bool = option(True, "write checkpoints and the report section")
-    save_every: int = option(-1, "steps between checkpoints; -1: only at the end and when interrupted")
-    keep_last: int = option(0, "checkpoints to keep; 0: all")
+    save_every: int = option(-1, f"steps between checkpoints, besides {SAVED}; -1: only those")
+    keep_last: int = option(2, "checkpoints to keep; 0: all")
     resume: str = option("auto", "auto: continue the run in the folder; never: start over; or a step")
 
     def plan_settings(self) -> dict[str, Any]:

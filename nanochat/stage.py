@@ -90,7 +90,8 @@ def begin(stage: str, cfg: StageConfig, world: World) -> Beginning:
     found = Checkpoint.open(*locate(cfg.source, cfg.model_tag, cfg.model_step))
     print0(f"source model: {found.directory} step {found.step}")
     directory = output_folder(stage, found.directory, cfg.output_tag)
-    return Beginning(found, directory, find_resume_point(directory, world, cfg.resume))
+    resume_from = find_resume_point(directory, world, cfg.resume) if cfg.save else None
+    return Beginning(found, directory, resume_from)
 
 
 def data_facts(counts: Mapping[str, int | float]) -> dict[str, Value]:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from nanochat.configurator import as_dict, option, run
+from nanochat.options import SAVED
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -102,15 +103,15 @@ class Config:
         None, "folder of a base model of the same sizes whose weights, tokenizer and constants to start with"
     )
     model_tag: str | None = option(None, "name of the checkpoint folder; default d<depth>")
-    save_every: int = option(-1, "steps between checkpoints; -1: only at the end and when interrupted")
-    keep_last: int = option(0, "checkpoints to keep; 0: all")
+    save_every: int = option(-1, f"steps between checkpoints, besides {SAVED}; -1: only those")
+    keep_last: int = option(2, "checkpoints to keep; 0: all")
     resume: str = option("auto", "auto: continue the run in the folder; never: start over; or a step")
     seed: int = option(42, "seed of the initial weights")
 
 
 def main(cfg: Config) -> None:
     """Pretrain a model on the pretraining shards, from scratch or from the weights of another."""
-    from nanochat.common import distributed, print0
+    from nanochat.common import device_name, distributed, print0
     from nanochat.dataloader import PretrainLoader
     from nanochat.scaling import accumulation_steps
     from nanochat.sizing import scaling_parameters
@@ -165,6 +166,7 @@ def main(cfg: Config) -> None:
                 "device_batch_size": rows,
                 "recompute": model.recompute,
                 "max_seq_len": length,
+                "device": device_name(world.device),
                 "lr_scale": scale,
             },
         )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from nanochat.configurator import option, run
 from nanochat.finetune import PolicyConfig, make_policy_optimizer
+from nanochat.options import SAVED
 
 if TYPE_CHECKING:
     from nanochat.common import World
@@ -47,7 +48,7 @@ class Config(PolicyConfig):
     eval_every: int = option(60, "steps between evaluations; -1: off")
     eval_examples: int = option(400, "test questions per evaluation")
     eval_samples: int = option(8, "answers per test question, for pass@1 to pass@8")
-    save_every: int = option(60, "steps between checkpoints; -1: only at the end and when interrupted")
+    save_every: int = option(60, f"steps between checkpoints, besides {SAVED}; -1: only those")
     keep_last: int = option(1, "checkpoints to keep; 0: all")
 
 

@@ -64,7 +64,15 @@ def rows_of(batches):
 def test_the_mask_in_training_is_the_golden_one(tiny_run, received, stage, flags):
     run_here("base_train", num_iterations=1, eval_every=-1)
     received.clear()
-    run_here(stage, source="base", max_seq_len=256, eval_every=-1, total_batch_size=4096, **flags)
+    run_here(
+        stage,
+        source="base",
+        max_seq_len=256,
+        eval_every=-1,
+        total_batch_size=4096,
+        device_batch_size=2,
+        **flags,
+    )
     seen = set()
     for inputs, targets in rows_of(received):
         mask = golden_mask(inputs)
@@ -80,7 +88,14 @@ def test_the_mask_in_training_is_the_golden_one(tiny_run, received, stage, flags
 def test_mid_training_on_everything_leaves_out_only_the_padding(tiny_run, received):
     run_here("base_train", num_iterations=1, eval_every=-1)
     received.clear()
-    run_here("mid_train", supervise="all", max_seq_len=256, eval_every=-1, total_batch_size=4096)
+    run_here(
+        "mid_train",
+        supervise="all",
+        max_seq_len=256,
+        eval_every=-1,
+        total_batch_size=4096,
+        device_batch_size=2,
+    )
     bos, num_padded = get_tokenizer().get_bos_token_id(), 0
     for inputs, targets in rows_of(received):
         padding = targets.index(-1) if -1 in targets else len(targets)
@@ -165,3 +180,12 @@ def test_your_own_conversations_are_mixed_in_or_are_all_there_is(tiny_run, recei
         run_here(stage, **flags, extra_data="nowhere.jsonl")
     with pytest.raises(UserError, match="--only-extra-data needs files"):
         run_here(stage, **flags, only_extra_data=True)
+
+
+def test_rows_are_the_sources_or_measured_where_the_rows_are_longer(tiny_run, capsys):
+    run_here("base_train", num_iterations=1, eval_every=-1)
+    run_here("mid_train", num_iterations=1, eval_every=-1)
+    assert "2 rows x 64 tokens x 1 ranks x 4 accumulation" in capsys.readouterr().out
+    run_here("chat_sft", num_iterations=1, eval_every=-1, max_seq_len=128, source="mid", total_batch_size=512)
+    output = capsys.readouterr().out
+    assert "tried 1 rows" in output and "(auto, of " in output
