@@ -22,6 +22,7 @@ from nanochat.calculator import ToolFormat, use_calculator
 from nanochat.configurator import option, run
 from nanochat.gpt import GPT
 from nanochat.kv_cache import ContextOverflow
+from nanochat.options import STAGES, WhichModel
 from nanochat.prefix_store import PrefixStore
 from nanochat.requests import Event, Request, Tool, ToolBox
 from nanochat.sampling import SamplingParams
@@ -216,15 +217,12 @@ def _completion(request: Request) -> Completion:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(WhichModel):
     """Options of the self-check."""
 
-    source: str = option("base", "checkpoint family", short="i", choices=("base", "mid", "sft", "dpo", "rl"))
-    model_tag: str | None = option(None, "model tag; default: the largest model", short="g")
-    step: int | None = option(None, "checkpoint step; default: the last", short="s")
+    source: str = option("base", "checkpoint family", short="i", choices=STAGES)
     prompt: str = option("The chemical formula of water is", "text to continue")
     max_tokens: int = option(64, "tokens to generate")
-    device_type: str = option("", "cuda, mps or cpu; default: the best there is")
 
 
 def main(cfg: Config) -> None:

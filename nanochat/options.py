@@ -10,6 +10,17 @@ from nanochat.configurator import as_dict, option
 # When a run saves whatever its flags say; see training_run.
 SAVED = "one at the end, one when interrupted, and one before an evaluation after ten minutes without"
 
+STAGES = ("base", "mid", "sft", "dpo", "rl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WhichModel:
+    """Which checkpoint of a stage a script reads, and where the model runs."""
+
+    model_tag: str | None = option(None, "checkpoint folder; default the largest model", short="g")
+    step: int | None = option(None, "step of the checkpoint; default the last", short="s")
+    device_type: str = option("", "cuda, mps or cpu; default the best there is")
+
 
 @dataclass(frozen=True)
 class StageConfig:

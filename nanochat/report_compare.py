@@ -14,9 +14,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from nanochat.common import UserError, read_json, whole_file
+from nanochat.options import STAGES
 from nanochat.report_html import figure, html_table, page, score_cell
 from nanochat.report_render import CHANCE, TASKS, format_seconds, format_value, score_text, table
-from nanochat.report_scores import STAGES
 
 MISSING = "-"
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from nanochat.confidence import wilson
+from nanochat.options import STAGES
 from nanochat.report_render import TASKS
-
-STAGES = ("base", "mid", "sft", "dpo", "rl")
 
 ByStage = dict[str, dict[str, float]]
 Intervals = dict[str, dict[str, tuple[float, float]]]

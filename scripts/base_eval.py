@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from nanochat.common import UserError, get_base_dir, read_json, whole_file, write_json
 from nanochat.configurator import option, run
+from nanochat.options import WhichModel
 from scripts.base_train import PROMPTS
 
 if TYPE_CHECKING:
@@ -29,15 +30,12 @@ ROW, LONGEST_ROW = 1024, 8192
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(WhichModel):
     eval: str = option("core,bpb,sample", "what to evaluate: core, bpb, sample, separated by commas")
     hf_path: str | None = option(None, "a Hugging Face model to evaluate instead of our own")
-    model_tag: str | None = option(None, "checkpoint folder; default the largest model")
-    step: int | None = option(None, "step of the checkpoint; default the last")
     max_per_task: int = option(-1, "examples per CORE task; -1 = all")
     device_batch_size: int = option(32, "rows per forward pass and rank, for bits per byte")
     split_tokens: int = option(40 * 524288, "tokens per split, for bits per byte")
-    device_type: str = option("", "cuda, mps or cpu; default the best there is")
 
 
 @dataclass(frozen=True)

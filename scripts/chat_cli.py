@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 from nanochat.common import UserError, autodetect_device_type, check_device, read_json, write_json
 from nanochat.configurator import option, run
 from nanochat.dialogue import Display, printable
+from nanochat.options import WhichModel
 
 if TYPE_CHECKING:
     from nanochat.dialogue import Dialogue, Reply
@@ -38,13 +39,11 @@ COMMANDS = (
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(WhichModel):
     source: str | None = option(
         None, "stage: rl, sft, mid or base; default: the latest there is", short="i",
         choices=("rl", "dpo", "sft", "mid", "base", None),
     )  # fmt: skip
-    model_tag: str | None = option(None, "model tag; default: the largest model", short="g")
-    step: int | None = option(None, "checkpoint step; default: the last", short="s")
     prompt: str = option("", "answer this, print the answer on stdout, and exit", short="p")
     temperature: float = option(0.6, "0 is greedy", short="t")
     top_k: int = option(50, "sample among this many tokens; 0 = all", short="k")
@@ -64,7 +63,6 @@ class Config:
     history: str = option("", "file that keeps the lines you typed; default: they are forgotten at the end")
     url: str = option("", "ask the server there instead of loading a model, such as http://127.0.0.1:8000")
     api_key: str = option("", "key for --url (or NANOCHAT_API_KEYS)")
-    device_type: str = option("", "cuda, mps or cpu; default: the best there is")
     quantize: str = option(
         "none", "weights in fewer bits; what that costs is printed", choices=("none", "int8")
     )

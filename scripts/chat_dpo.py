@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from nanochat.configurator import option, run
 from nanochat.finetune import PolicyConfig, make_policy_optimizer
+from nanochat.options import STAGES
 
 if TYPE_CHECKING:
     from nanochat.dpo import Pairs
@@ -24,9 +25,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Config(PolicyConfig):
     compile: str = option("auto", "compile the step", choices=("auto", "on", "off"))
-    source: str = option(
-        "sft", "stage whose model to start from", choices=("base", "mid", "sft", "dpo", "rl")
-    )
+    source: str = option("sft", "stage whose model to start from", choices=STAGES)
     data: str = option("", "JSONL file of pairs; empty: word problems with right and wrong solutions")
     val_data: str = option("", "JSONL file of held-out pairs; needed with --data")
     max_pairs: int = option(-1, "train on the first pairs only; -1: all")

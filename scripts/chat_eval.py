@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING
 
 from nanochat.common import UserError, read_json, write_json
 from nanochat.configurator import as_dict, option, run
+from nanochat.options import STAGES, WhichModel
 
 if TYPE_CHECKING:
     from tasks.chat_eval import TaskScore
 
 
 @dataclass(frozen=True)
-class Config:
-    source: str = option(
-        ..., "stage of the checkpoint", short="i", choices=("base", "mid", "sft", "dpo", "rl")
-    )
+class Config(WhichModel):
+    source: str = option(..., "stage of the checkpoint", short="i", choices=STAGES)
     task_name: str = option("", "names of tasks, separated by |; default all", short="a")
     dtype: str | None = option(
         None,
@@ -35,10 +34,7 @@ class Config:
     num_samples: int = option(1, "answers per problem; one right one is enough", short="n")
     top_k: int = option(50, "sample from the k likeliest tokens", short="k")
     batch_size: int = option(8, "rows of the full context in a forward pass, multiple choice", short="b")
-    model_tag: str | None = option(None, "checkpoint folder; default the largest model", short="g")
-    step: int | None = option(None, "step of the checkpoint; default the last", short="s")
     max_problems: int = option(-1, "evaluate only the first problems of each task; -1 = all", short="x")
-    device_type: str = option("", "cuda, mps or cpu; default the best there is")
 
 
 def main(cfg: Config) -> None:

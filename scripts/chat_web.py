@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from nanochat.common import UserError
 from nanochat.configurator import option, run
+from nanochat.options import STAGES, WhichModel
 
 if TYPE_CHECKING:
     from nanochat.serve.launcher import Launcher
@@ -21,11 +22,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(WhichModel):
     num_gpus: int = option(1, "model replicas, one per GPU; 0 uses all", short="n")
-    source: str = option("sft", "checkpoint family", short="i", choices=("base", "mid", "sft", "dpo", "rl"))
-    model_tag: str | None = option(None, "model tag; None takes the newest", short="g")
-    step: int | None = option(None, "checkpoint step; None takes the last", short="s")
+    source: str = option("sft", "checkpoint family", short="i", choices=STAGES)
     temperature: float = option(0.8, "default temperature", short="t")
     top_k: int = option(50, "default top-k; 0 switches it off", short="k")
     top_p: float = option(1.0, "default top-p")
@@ -34,7 +33,6 @@ class Config:
     system_prompt_file: str = option("", "a file with that text")
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "TCP port", short="p")
-    device_type: str = option("", "cuda, cpu or mps; empty detects")
     dtype: str | None = option(
         None, "compute dtype; None chooses", short="d", choices=("bfloat16", "float16", "float32")
     )

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.configurator import option, run
+from nanochat.options import STAGES
 
 
 @dataclass(frozen=True)
 class Config:
-    source: str = option(
-        ..., "stage of the checkpoint", short="i", choices=("base", "mid", "sft", "dpo", "rl")
-    )
+    source: str = option(..., "stage of the checkpoint", short="i", choices=STAGES)
     output: str = option(..., "file to make", short="o")
     type: str = option("q8_0", "how weights are stored", short="t", choices=("f32", "f16", "q8_0", "q4_0"))
     model_tag: str | None = option(None, "checkpoint folder; default the largest model", short="g")

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.configurator import option, run
+from nanochat.options import STAGES
 
 
 @dataclass(frozen=True)
 class Config:
-    source: str = option(
-        ..., "stage of the checkpoint", short="i", choices=("base", "mid", "sft", "dpo", "rl")
-    )
+    source: str = option(..., "stage of the checkpoint", short="i", choices=STAGES)
     output: str = option(
         ..., "folder to make; with --push it may be this checkpoint's earlier export", short="o"
     )

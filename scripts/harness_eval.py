@@ -11,21 +11,17 @@ from pathlib import Path
 
 from nanochat.common import UserError, write_json
 from nanochat.configurator import as_dict, option, run
+from nanochat.options import STAGES, WhichModel
 
 
 @dataclass(frozen=True)
-class Config:
-    source: str = option(
-        ..., "stage of the checkpoint", short="i", choices=("base", "mid", "sft", "dpo", "rl")
-    )
+class Config(WhichModel):
+    source: str = option(..., "stage of the checkpoint", short="i", choices=STAGES)
     tasks: str = option(..., "names of the harness's tasks, separated by commas")
     include_path: str | None = option(None, "folder with task files of your own")
     num_fewshot: int | None = option(None, "examples before each question; default as the task says")
     limit: int | None = option(None, "only the first examples of each task")
     chat: bool = option(False, "ask in the form of a conversation (mid, sft and rl models)")
-    model_tag: str | None = option(None, "checkpoint folder; default the largest model", short="g")
-    step: int | None = option(None, "step of the checkpoint; default the last", short="s")
-    device_type: str = option("", "cuda, mps or cpu; default the best there is")
 
 
 def main(cfg: Config) -> None:

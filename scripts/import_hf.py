@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.configurator import option, run
+from nanochat.options import STAGES
 
 
 @dataclass(frozen=True)
 class Config:
     path: str = option(..., "folder, or name on the hub (owner/name)")
-    stage: str = option(..., "what the model is", short="i", choices=("base", "mid", "sft", "dpo", "rl"))
+    stage: str = option(..., "what the model is", short="i", choices=STAGES)
     model_tag: str | None = option(
         None, "checkpoint folder to make; default the name of the source", short="g"
     )

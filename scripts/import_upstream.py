@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.configurator import option, run
+from nanochat.options import STAGES
 
 
 @dataclass(frozen=True)
 class Config:
     path: str = option(..., "folder on this disk with model_<step>.pt and meta_<step>.json")
-    stage: str = option(..., "what the model is", short="i", choices=("base", "mid", "sft", "dpo", "rl"))
+    stage: str = option(..., "what the model is", short="i", choices=STAGES)
     model_tag: str | None = option(None, "checkpoint folder to make; default <source>-imported", short="g")
     step: int | None = option(None, "step to import; default the last", short="s")
     tokenizer: str | None = option(None, "the tokenizer.pkl it was trained with; default the one beside it")

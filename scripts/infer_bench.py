@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanochat.common import UserError, print0
 from nanochat.configurator import option, run
+from nanochat.options import WhichModel
 
 if TYPE_CHECKING:
     import torch
@@ -24,10 +25,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(WhichModel):
     source: str = option("base", "checkpoint family, or random weights", short="i", choices=("base", "mid", "sft", "rl", "random"))  # fmt: skip
-    model_tag: str | None = option(None, "model tag; default: the largest model", short="g")
-    step: int | None = option(None, "checkpoint step; default: the last", short="s")
     # --- the network of random weights
     arch: str = option("classic", "random: architecture", choices=("classic", "modern"))
     depth: int = option(12, "random: layers")
@@ -45,7 +44,6 @@ class Config:
     # --- how it is measured
     repeats: int = option(3, "timed runs; medians are reported")
     warmup: int = option(8, "tokens of the untimed run before")
-    device_type: str = option("", "cuda, mps or cpu; default: the best there is")
     dtype: str | None = option(None, "compute dtype; None chooses", short="d", choices=("bfloat16", "float16", "float32"))  # fmt: skip
     quantize: str = option("none", "weights in fewer bits", choices=("none", "int8"))
     speculate: int = option(0, "tokens to guess ahead while one row runs")
