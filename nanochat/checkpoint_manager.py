@@ -23,26 +23,20 @@ import torch
 from nanochat.common import UserError, compute_dtype, get_base_dir, print0, read_json, whole_file, write_json
 from nanochat.config_versions import read_config, stored_config
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.options import STAGE_FOLDERS, STAGES
 from nanochat.snapshot import weights_copy
 
 if TYPE_CHECKING:
     from nanochat.tokenizer import RustBPETokenizer
 
-STAGES = {
-    "base": "base_checkpoints",
-    "mid": "mid_checkpoints",
-    "sft": "chatsft_checkpoints",
-    "dpo": "chatdpo_checkpoints",
-    "rl": "chatrl_checkpoints",
-}
 FORMAT_VERSION = 1
 
 
 def stage_dir(stage: str) -> Path:
     """The folder of a stage's checkpoints."""
-    if stage not in STAGES:
+    if stage not in STAGE_FOLDERS:
         raise UserError(f"{stage!r} is not a stage; use {', '.join(STAGES)}")
-    return get_base_dir() / STAGES[stage]
+    return get_base_dir() / STAGE_FOLDERS[stage]
 
 
 # --- writing -----------------------------------------------------------------------------------------
@@ -286,9 +280,9 @@ def locate(
     return directory, step
 
 
-def latest_stage(stages: tuple[str, ...] = ("rl", "dpo", "sft", "mid", "base")) -> str:
-    """The first of these stages that has a checkpoint."""
-    for stage in stages:
+def latest_stage() -> str:
+    """The last stage that has a checkpoint."""
+    for stage in reversed(STAGES):
         if any(list_steps(path) for path in stage_dir(stage).glob("*")):
             return stage
     raise UserError(f"no checkpoint below {get_base_dir()}; train a model first: bash runs/speedrun.sh")

@@ -10,7 +10,12 @@ from nanochat.configurator import as_dict, option
 # When a run saves whatever its flags say; see training_run.
 SAVED = "one at the end, one when interrupted, and one before an evaluation after ten minutes without"
 
-STAGES = ("base", "mid", "sft", "dpo", "rl")
+# What is trained, in order, and the folder of its checkpoints.
+STAGE_FOLDERS = {
+    "base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints",
+    "dpo": "chatdpo_checkpoints", "rl": "chatrl_checkpoints",
+}  # fmt: skip
+STAGES = tuple(STAGE_FOLDERS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from nanochat.common import UserError, peak_flops
 from nanochat.environment import Gpu
 from nanochat.memory import training_bytes
 from nanochat.network_config import GPTConfig
+from nanochat.options import STAGE_FOLDERS
 from nanochat.pipeline import Plan, Stage
-from nanochat.plots import STAGE_FOLDERS
 from nanochat.report_render import format_bytes
 from nanochat.scaling import Horizon, model_dimensions
 from nanochat.sizing import (

@@ -15,16 +15,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nanochat.metrics import read_metrics
+from nanochat.options import STAGE_FOLDERS
 from nanochat.report_render import CHANCE, TASKS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STAGE_FOLDERS = {
-    "base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints",
-    "dpo": "chatdpo_checkpoints", "rl": "chatrl_checkpoints",
-}  # fmt: skip
 STAGE_NAMES = {
     "base": "Pretraining", "mid": "Mid-training", "sft": "Finetuning", "dpo": "Preferences", "rl": "Reinforcement",
 }  # fmt: skip

@@ -40,6 +40,7 @@ SECTIONS = (
     "tokenizer-training", "tokenizer-evaluation", "base-model-training", "base-model-loss",
     "base-model-evaluation", "midtraining", "chat-evaluation-mid", "chat-sft", "chat-evaluation-sft",
     "chat-dpo", "chat-evaluation-dpo", "chat-rl", "chat-evaluation-rl", "inference-benchmark",
+    "contamination",
 )  # fmt: skip
 
 

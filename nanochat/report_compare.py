@@ -137,7 +137,7 @@ def differing_settings(runs: Sequence[Run]) -> list[tuple[str, str, list[str]]]:
         for section in run.report["sections"]:
             settings = next((item for item in section["items"] if isinstance(item, Mapping)), {})
             if section["section"].startswith(
-                ("Base model training", "Mid", "Chat SFT", "Chat RL", "Tokenizer t")
+                ("Base model training", "Mid", "Chat SFT", "Chat DPO", "Chat RL", "Tokenizer t")
             ):
                 for key, value in settings.items():
                     values.setdefault((section["section"], key), {})[run.name] = format_value(value)

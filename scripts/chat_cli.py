@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 from nanochat.common import UserError, autodetect_device_type, check_device, read_json, write_json
 from nanochat.configurator import option, run
 from nanochat.dialogue import Display, printable
-from nanochat.options import WhichModel
+from nanochat.options import STAGES, WhichModel
 
 if TYPE_CHECKING:
     from nanochat.dialogue import Dialogue, Reply
@@ -41,8 +41,8 @@ COMMANDS = (
 @dataclass(frozen=True)
 class Config(WhichModel):
     source: str | None = option(
-        None, "stage: rl, sft, mid or base; default: the latest there is", short="i",
-        choices=("rl", "dpo", "sft", "mid", "base", None),
+        None, "stage of the checkpoint; default: the last there is", short="i",
+        choices=(*STAGES, None),
     )  # fmt: skip
     prompt: str = option("", "answer this, print the answer on stdout, and exit", short="p")
     temperature: float = option(0.6, "0 is greedy", short="t")

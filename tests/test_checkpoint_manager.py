@@ -26,7 +26,7 @@ def model() -> GPT:
 
 
 def save(base, model, stage="base", tag="d2", step=1, **options):
-    directory = base / cm.STAGES[stage] / tag
+    directory = base / cm.STAGE_FOLDERS[stage] / tag
     cm.save_checkpoint(directory, step, model, {"stage": stage}, **options)
     return directory
 
@@ -140,7 +140,7 @@ def test_nothing_pickled_is_ever_run(tiny_run, model):
 
 
 def test_which_tag_is_meant(tiny_run, model):
-    base = tiny_run / cm.STAGES["base"]
+    base = tiny_run / cm.STAGE_FOLDERS["base"]
     for tag in ("d9", "d10", "d10_old", "experiment"):
         save(tiny_run, model, tag=tag)
     assert cm.find_model_tag(base) == "d10"

@@ -7,13 +7,14 @@ import pickle
 import pytest
 import torch
 
-from nanochat.checkpoint_manager import STAGES, Checkpoint, list_steps, load_model, save_checkpoint
+from nanochat.checkpoint_manager import Checkpoint, list_steps, load_model, save_checkpoint
 from nanochat.common import UserError, get_base_dir, write_json
 from nanochat.engine import Engine, SamplingParams
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.interop import hf_export
 from nanochat.interop.hf_export import export_folder
 from nanochat.interop.model_card import model_card, report_scores
+from nanochat.options import STAGE_FOLDERS
 from nanochat.report import Report
 from scripts import export_gguf, export_hf, import_hf, import_upstream
 from tests.toy_export import toy_model
@@ -34,7 +35,7 @@ def base_checkpoint(architecture: str) -> GPT:
         for parameter in model.parameters():
             parameter.normal_(0, 0.2)
     meta = {"user_config": {}}
-    save_checkpoint(get_base_dir() / STAGES["sft"] / "t", 5, model, meta, tokenizer=get_tokenizer())
+    save_checkpoint(get_base_dir() / STAGE_FOLDERS["sft"] / "t", 5, model, meta, tokenizer=get_tokenizer())
     return model
 
 
@@ -104,7 +105,7 @@ def imported(kind: str, stage: str, tmp_path, step: int = 0) -> None:
 @pytest.mark.parametrize(("kind", "arch"), [("hugging face", "classic"), ("upstream", "modern")])
 def test_an_imported_base_model_is_pretrained_further_elsewhere(tiny_run, tmp_path, kind, arch, capsys):
     imported(kind, "base", tmp_path)
-    theirs = tiny_run / STAGES["base"] / "theirs"
+    theirs = tiny_run / STAGE_FOLDERS["base"] / "theirs"
     before = weights(theirs)
     flags = dict(arch=arch, num_iterations=2, eval_every=-1, keep_last=1)
     # in its own folder no run starts, continues or deletes
@@ -125,9 +126,9 @@ def test_an_imported_base_model_is_pretrained_further_elsewhere(tiny_run, tmp_pa
     )
     run_here("base_train", init_from="theirs", model_tag="still", **(flags | still))
     assert "initial weights: " in capsys.readouterr().out
-    assert largest_difference(before, weights(tiny_run / STAGES["base"] / "still")) == 0
+    assert largest_difference(before, weights(tiny_run / STAGE_FOLDERS["base"] / "still")) == 0
     run_here("base_train", init_from="theirs", model_tag="further", save_every=1, **flags)
-    further = tiny_run / STAGES["base"] / "further"
+    further = tiny_run / STAGE_FOLDERS["base"] / "further"
     assert list_steps(further) == [2] and largest_difference(before, weights(further)) > 0
     run_here("base_train", init_from="theirs", model_tag="further", **(flags | {"num_iterations": 2}))
     assert Checkpoint.open(further, 2).config() == Checkpoint.open(theirs, 0).config()
@@ -146,7 +147,7 @@ def test_imported_chat_models_go_on_in_the_later_stages(tiny_run, tmp_path, kind
         "chat_sft", source="sft", output_tag="further", **flags, **(sizes if kind == "hugging face" else {})
     )
     out = capsys.readouterr().out
-    rates = Checkpoint.open(tiny_run / STAGES["sft"] / "further", 1).meta["rates"]
+    rates = Checkpoint.open(tiny_run / STAGE_FOLDERS["sft"] / "further", 1).meta["rates"]
     if kind == "upstream":
         assert (rates["matrix_lr"], rates["embedding_lr"], rates["unembedding_lr"]) == (0.03, 0.25, 0.005)
         assert "total_batch_size: 512 (as in the source run)" in out and "scalar_lr 0.5 (default)" in out
@@ -155,8 +156,8 @@ def test_imported_chat_models_go_on_in_the_later_stages(tiny_run, tmp_path, kind
     with pytest.raises(UserError, match=r"step 7 in .*theirs is an imported model"):
         run_here("chat_rl", source="sft", **flags)
     run_here("chat_rl", source="rl", output_tag="further", **flags)
-    assert list_steps(tiny_run / STAGES["rl"] / "further") == [1]
-    assert list_steps(tiny_run / STAGES["rl"] / "theirs") == [7]
+    assert list_steps(tiny_run / STAGE_FOLDERS["rl"] / "further") == [1]
+    assert list_steps(tiny_run / STAGE_FOLDERS["rl"] / "theirs") == [7]
 
 
 def test_a_push_that_failed_is_repeated_without_another_export(tiny_run, tmp_path, monkeypatch, capsys):
@@ -238,6 +239,9 @@ def test_a_trained_model_chats_in_transformers_and_trains_on_after_import(tiny_r
     for path in (tiny_run / "tokenizer").iterdir():
         path.unlink()
     run_here("chat_sft", source="base", model_tag="back", num_iterations=2, eval_every=2, **sizes)
-    before, after = weights(tiny_run / STAGES["base"] / "back"), weights(tiny_run / STAGES["sft"] / "back")
-    assert Checkpoint.open(tiny_run / STAGES["sft"] / "back", 2).meta["source"]["stage"] == "base"
+    before, after = (
+        weights(tiny_run / STAGE_FOLDERS["base"] / "back"),
+        weights(tiny_run / STAGE_FOLDERS["sft"] / "back"),
+    )
+    assert Checkpoint.open(tiny_run / STAGE_FOLDERS["sft"] / "back", 2).meta["source"]["stage"] == "base"
     assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])

@@ -199,13 +199,14 @@ def test_conversations_are_rendered_as_ours(subject):
 def test_the_command_saves_results_beside_the_checkpoint(subject, tmp_path, monkeypatch, capsys):
     import datasets
 
-    from nanochat.checkpoint_manager import STAGES, save_checkpoint
+    from nanochat.checkpoint_manager import save_checkpoint
     from nanochat.common import read_json
+    from nanochat.options import STAGE_FOLDERS
     from scripts import harness_eval
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    folder = tmp_path / STAGES["sft"] / "t"
+    folder = tmp_path / STAGE_FOLDERS["sft"] / "t"
     save_checkpoint(folder, 3, subject.gpt, {"user_config": {}}, tokenizer=tokenizer())
     (tmp_path / "rows.jsonl").write_text('{"q": "The river", "a": "sea"}\n' * 3)
     (tmp_path / "local_chat.yaml").write_text(
