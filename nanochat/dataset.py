@@ -116,8 +116,8 @@ _LEGACY_NOTICE = """\
 def split_files(split: str, data_dir: Path | None = None, warn_on_legacy: bool = False) -> list[Path]:
     """The files of a split, "train" or "val": of a folder, the last by name is validation, the others training.
 
-    By default of all sets in use. Raises UserError if a folder has fewer than two files, or if ClimbMix lacks
-    its pinned validation shard: taking another file instead would move it into training as soon as more come.
+    By default of all sets in use. Raises UserError if a folder has fewer than two files, or if a set in use
+    lacks the validation shard that its manifest pins: taking another file instead would move it into training as soon as more come.
     """
     assert split in ("train", "val"), f"split is {split!r}"
     folders = data_folders(warn_on_legacy) if data_dir is None else [data_dir]
@@ -132,10 +132,11 @@ def _split_of(folder: Path, split: str) -> list[Path]:
         raise UserError(
             f"{found} in {folder}, but training needs one and validation another (the last by name); {hint}"
         )
-    pinned = CLIMBMIX.file_name(CLIMBMIX.last_shard)
     last = files[-1]
-    if last.parent.name == CLIMBMIX.folder and _is_hub_shard(last) and last.name != pinned:
-        raise UserError(f"the validation shard {pinned} is missing in {folder}; {hint}")
+    for named in data_sets_in_use():
+        pinned = named.file_name(named.last_shard)
+        if named.repo and folder == named.path and _is_hub_shard(last) and last.name != pinned:
+            raise UserError(f"the validation shard {pinned} is missing in {folder}; {hint}")
     return files[-1:] if split == "val" else files[:-1]
 
 

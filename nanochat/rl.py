@@ -68,10 +68,15 @@ class GroupSampler:
     temperature: float
     top_k: int
 
-    def sample(self, task: RewardedTask, indices: Sequence[int], step: int) -> list[Group]:
-        """Groups for these questions; the seeds depend on step, question and sample only."""
+    def sample(self, task: RewardedTask, indices: Sequence[int], step: int) -> tuple[list[Group], int]:
+        """Groups for these questions, and how many were cut to leave room for an answer.
+
+        The seeds depend on step, question and sample only.
+        """
         conversations = [task[i] for i in indices]
-        prompts = [self.tokenizer.render_for_completion(c) for c in conversations]
+        context = self.engine.model.config.sequence_len
+        room = max(context - self.max_new_tokens, context // 2)
+        prompts, num_cut = self.tokenizer.completion_prompts(conversations, room)
         params = [
             SamplingParams(self.temperature, self.top_k, self.max_new_tokens, seed=_seed(step, i, sample))
             for i in indices
@@ -87,7 +92,7 @@ class GroupSampler:
         for i, prompt in enumerate(prompts):
             own = slice(i * self.num_samples, (i + 1) * self.num_samples)
             groups.append(Group(prompt, answers[own], rewards[own]))
-        return groups
+        return groups, num_cut
 
 
 def _seed(step: int, question: int, sample: int) -> int:
@@ -193,14 +198,14 @@ def _step(plan: RLPlan, run: TrainingRun, task: RewardedTask, sampler: GroupSamp
     indices = [i % len(task) for i in range(first + world.rank, first + plan.examples_per_step, world.size)]
     model.eval()
     with without_float8(model):
-        groups = sampler.sample(task, indices, step)
+        groups, num_cut = sampler.sample(task, indices, step)
     model.train()
     informative = [group for group in groups if group.is_informative]
     num_tokens = sum(sum(answer.masks) for group in informative for answer in group.answers)
     rewards = [reward for group in groups for reward in group.rewards]
     lengths = [len(answer.tokens) for group in groups for answer in group.answers]
     cut = sum(not answer.ended_by_token for group in groups for answer in group.answers)
-    sums = [num_tokens, sum(rewards), sum(lengths), len(rewards), len(informative), len(groups), cut]
+    sums = [num_tokens, sum(rewards), sum(lengths), len(rewards), len(informative), len(groups), cut, num_cut]
     dtype = torch.float32 if world.device.type == "mps" else torch.float64  # which has no float64
     counts = world.sum(torch.tensor(sums, dtype=dtype, device=world.device))
     totals = counts.tolist()
@@ -219,6 +224,7 @@ def _step(plan: RLPlan, run: TrainingRun, task: RewardedTask, sampler: GroupSamp
         "train/lrm": plan.schedule.lr_multiplier(step),
         "data": {
             "questions": int(totals[5]),
+            "questions_cut": int(totals[7]),  # on the left, to leave room for an answer
             "answers": int(totals[3]),
             "answers_cut": int(totals[6]),  # at --max-new-tokens
             "groups_skipped": int(totals[5] - totals[4]),  # all rewards were equal

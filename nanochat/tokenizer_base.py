@@ -129,6 +129,16 @@ class Tokenizer(ABC):
         """
         return conversations.render_prompt(conversation, self._encode_one, self._special_id, max_tokens)
 
+    def completion_prompts(
+        self, conversations: Sequence[Conversation], max_tokens: int
+    ) -> tuple[list[list[int]], int]:
+        """The prompts for the last messages, none longer than max_tokens, and how many were cut to that."""
+        prompts = [self.render_for_completion(conversation, max_tokens + 1) for conversation in conversations]
+        num_cut = sum(len(prompt) > max_tokens for prompt in prompts)
+        return [
+            prompt if len(prompt) <= max_tokens else [prompt[0], *prompt[2:]] for prompt in prompts
+        ], num_cut
+
     def visualize_tokenization(
         self, ids: Sequence[int], mask: Sequence[int], with_token_id: bool = False
     ) -> str:

@@ -103,7 +103,7 @@ def load_subject(cfg: Config, world: World) -> Subject:
     from nanochat.checkpoint_manager import load_model, locate
     from nanochat.tokenizer import get_token_bytes
 
-    directory, step = locate("base", cfg.model_tag, cfg.step)
+    directory, step = locate("base", cfg.model_tag, cfg.step, contents=False)
     model, tokenizer, _ = load_model("base", world.device, "eval", directory.name, step)
     return Subject(
         f"base model {directory.name} (step {step})", f"base_model_{step:06d}", model, tokenizer, tokenizer,

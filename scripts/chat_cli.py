@@ -325,15 +325,15 @@ def _settings(cfg: Config) -> dict[str, Any]:
 
 def _load(cfg: Config) -> Dialogue:
     from nanochat.chat import Chat
-    from nanochat.checkpoint_manager import latest_stage, load_model
+    from nanochat.checkpoint_manager import latest_stage, load_model, locate
     from nanochat.engine import Engine
     from nanochat.python_tool import tools_of
 
     source = cfg.source or latest_stage()
     device = check_device(cfg.device_type or autodetect_device_type())
-    model, tokenizer, meta = load_model(source, device, "eval", model_tag=cfg.model_tag, step=cfg.step)
-    where = f"{source} {meta.get('model_tag', '')} step {meta.get('step', '?')}"
-    print(f"model: {' '.join(where.split())} on {device}", file=sys.stderr)
+    directory, step = locate(source, cfg.model_tag, cfg.step, contents=False)
+    model, tokenizer, _ = load_model(source, device, "eval", directory.name, step)
+    print(f"model: {source} {directory.name} step {step} on {device}", file=sys.stderr)
     if cfg.quantize != "none":
         from nanochat.quantize import quantize
 

@@ -49,7 +49,7 @@ def main(cfg: Config) -> None:
     if cfg.dtype:
         os.environ["NANOCHAT_DTYPE"] = cfg.dtype
     with distributed(cfg.device_type) as world:
-        directory, step = locate(cfg.source, cfg.model_tag, cfg.step)
+        directory, step = locate(cfg.source, cfg.model_tag, cfg.step, contents=False)
         print0(f"model: {directory} step {step} | data source: {data_source()}")
         model, tokenizer, _ = load_model(cfg.source, world.device, "eval", directory.name, step)
         options = EvalOptions(

@@ -154,7 +154,9 @@ def pass_at_k(
 
     questions = range(world.rank, min(cfg.eval_examples, len(task)), world.size)
     conversations = [task[i] for i in questions]
-    prompts = [tokenizer.render_for_completion(c) for c in conversations for _ in range(cfg.eval_samples)]
+    context = engine.model.config.sequence_len
+    rendered, _ = tokenizer.completion_prompts(conversations, max(context - cfg.max_new_tokens, context // 2))
+    prompts = [prompt for prompt in rendered for _ in range(cfg.eval_samples)]
     # a question's seed does not depend on the number of ranks
     params = [
         SamplingParams(cfg.temperature, cfg.top_k, cfg.max_new_tokens, seed=1_000_003 * i + sample)

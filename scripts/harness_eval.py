@@ -39,7 +39,7 @@ def main(cfg: Config) -> None:
     if cfg.chat and cfg.source == "base":
         raise UserError("--chat: a base model has never seen a conversation")
     device = check_device(cfg.device_type or autodetect_device_type())
-    directory, step = locate(cfg.source, cfg.model_tag, cfg.step)
+    directory, step = locate(cfg.source, cfg.model_tag, cfg.step, contents=False)
     print0(f"model: {directory} step {step}")
     model, tokenizer, _ = load_model(cfg.source, device, "eval", directory.name, step)
     manager = TaskManager(include_path=cfg.include_path)

@@ -154,7 +154,7 @@ def _evaluate_categorical(
     passed = num_cut = 0
     for chunk in _chunks(indices, CHUNK_PROBLEMS):
         conversations = [task[index] for index in chunk]
-        prompts, cut = _prompts(tokenizer, conversations, context)
+        prompts, cut = tokenizer.completion_prompts(conversations, context)
         num_cut += cut
         for batch in _batches_by_length(prompts, options.batch_size * context):
             width = min(padded_length(len(prompts[batch[-1]])), context)
@@ -207,7 +207,7 @@ def _evaluate_generative(
     passed = num_done = num_cut = 0
     for chunk in _chunks(indices, CHUNK_PROBLEMS):
         conversations = [task[index] for index in chunk]
-        prompts, cut = _prompts(engine.tokenizer, conversations, room)
+        prompts, cut = engine.tokenizer.completion_prompts(conversations, room)
         num_cut += cut
         answers = _sample_answers(engine, prompts, chunk, options)
         passed += _count_passed(task, conversations, answers)
@@ -244,20 +244,6 @@ def _count_passed(task: Task, conversations: Sequence[dict], answers: Sequence[S
             zip(conversations, answers, strict=True),
         )
         return sum(verdicts)
-
-
-# --- prompts -----------------------------------------------------------------------------------------
-
-
-def _prompts(
-    tokenizer: Tokenizer, conversations: Sequence[dict], max_tokens: int
-) -> tuple[list[list[int]], int]:
-    """The prompts, none longer than max_tokens, and how many were cut (after BOS) to that."""
-    prompts = [
-        tokenizer.render_for_completion(conversation, max_tokens + 1) for conversation in conversations
-    ]
-    num_cut = sum(len(prompt) > max_tokens for prompt in prompts)
-    return [prompt if len(prompt) <= max_tokens else [prompt[0], *prompt[2:]] for prompt in prompts], num_cut
 
 
 def _chunks(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:

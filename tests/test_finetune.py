@@ -111,7 +111,7 @@ def test_reinforcement_learns_exactly_the_sampled_tokens(tiny_run, received, mon
 
     groups: list[Group] = []
     sample = GroupSampler.sample
-    monkeypatch.setattr(GroupSampler, "sample", lambda *a: groups.extend(found := sample(*a)) or found)
+    monkeypatch.setattr(GroupSampler, "sample", lambda *a: groups.extend((found := sample(*a))[0]) or found)
     monkeypatch.setattr(GSM8K, "reward", lambda self, conversation, text: float(len(text) % 2 == 0))
     run_here("base_train", num_iterations=1, eval_every=-1)
     run_here("mid_train", num_iterations=1, eval_every=-1)

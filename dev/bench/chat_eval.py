@@ -31,7 +31,7 @@ def main(cfg: Config) -> None:
     from tasks.chat_eval import make_task
 
     with distributed("cpu") as world:
-        directory, step = locate(cfg.source, cfg.model_tag)
+        directory, step = locate(cfg.source, cfg.model_tag, contents=False)
         model, tokenizer, _ = load_model(cfg.source, world.device, "eval", directory.name, step)
         params = SamplingParams(0.0, None, cfg.max_new_tokens)
         totals = [0.0, 0.0]
