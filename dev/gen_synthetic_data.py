@@ -272,9 +272,13 @@ class Writer:
         # servers that ignore response_format put the object into a fence or behind a sentence
         messages = json.loads(text[text.index("{") : text.rindex("}") + 1])["messages"]
         check_dialogue(messages, "answer")
-        if len(messages) % 2 or not all(message["content"].strip() for message in messages):
+        if len(messages) % 2 or not all(_has_text(message) for message in messages):
             raise RowError("a message is empty, or the last one is the user's")
         return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _has_text(message: dict[str, Any]) -> bool:
+    return isinstance(message["content"], str) and bool(message["content"].strip())
 
 
 def _retry_after(headers: Any, pause: float) -> float:

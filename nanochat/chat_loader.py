@@ -23,7 +23,6 @@ BUFFER_SIZE = 100  # conversations to choose from
 # A row counts as full if less than one part in this many is padding. Insisting on full rows uses up the short
 # conversations, and later rows end up emptier: 3.4 % of padding instead of 2.4 on lengths that are hard to pack.
 _PADDING_ACCEPTED = 64
-_UNLIMITED = 1 << 40
 
 
 class ConversationTokenizer(Protocol):
@@ -32,7 +31,7 @@ class ConversationTokenizer(Protocol):
     def get_bos_token_id(self) -> int: ...
 
     def render_conversation(
-        self, conversation: dict[str, Any], max_tokens: int = ...
+        self, conversation: dict[str, Any], max_tokens: int | None = ...
     ) -> tuple[list[int], list[int]]:
         """Token ids and loss mask (1 = learn to write this token)."""
         ...
@@ -180,7 +179,7 @@ class ChatPacker:
     def _render(self, key: ConversationKey) -> tuple[Rendered, int, int]:
         """The conversation cut to a row, and the numbers of tokens and of targets cut off."""
         try:
-            ids, mask = self._tokenizer.render_conversation(self._task[key.index], max_tokens=_UNLIMITED)
+            ids, mask = self._tokenizer.render_conversation(self._task[key.index], max_tokens=None)
         except ValueError as error:
             raise UserError(f"conversation {key.index} of the training data: {error}") from None
         tokens = np.array(ids[: self._capacity], dtype=np.int64)

@@ -20,7 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nanochat.common import UserError, compute_dtype, get_base_dir, print0, read_json, whole_file, write_json
+from nanochat.common import (
+    UserError,
+    compute_dtype,
+    get_base_dir,
+    hash_file,
+    print0,
+    read_json,
+    whole_file,
+    write_json,
+)
 from nanochat.config_versions import read_config, stored_config
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.options import STAGE_FOLDERS, STAGES
@@ -217,17 +226,9 @@ def check_files(directory: Path, step: int, contents: bool = True) -> str | None
             return f"{path} is missing"
         if path.stat().st_size != expected["size"]:
             return f"{path} has {path.stat().st_size:,} bytes instead of {expected['size']:,}"
-        if contents and _sha256(path) != expected["sha256"]:
+        if contents and hash_file(path) != expected["sha256"]:
             return f"{path} is damaged (its SHA-256 is not the recorded one)"
     return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def newest_good_step(directory: Path, contents: bool = True) -> int | None:

@@ -5,6 +5,7 @@ Nothing here imports torch at module level, so that `--help` of every script sta
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -56,6 +57,15 @@ def data_root() -> Path:
     """Folder below which shards, task rows, word list and evaluation bundle of the data source live."""
     base = get_base_dir()
     return base if data_source() == "hub" else base / "tinyworld"
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -10,10 +10,10 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import UserError
+from nanochat.common import UserError, hash_file
 from nanochat.configurator import option, run
 from nanochat.dataset import data_sets_in_use, list_parquet_files, open_shard
-from nanochat.download import Facts, check_space, fetch, hash_file, hub_endpoint, locked, part_size
+from nanochat.download import Facts, check_space, fetch, hub_endpoint, locked, part_size
 from nanochat.manifests import (
     NAMED_SETS,
     TINYWORLD,

@@ -21,7 +21,6 @@ from nanochat.common import UserError, World
 from nanochat.conversation import Conversation
 from nanochat.gpt import GPT
 
-_UNLIMITED = 1 << 40
 _LENGTH_MULTIPLE = 32
 
 
@@ -114,7 +113,7 @@ def _render(tokenizer: ConversationTokenizer, pairs: Pairs, index: int) -> tuple
     rows = []
     for conversation in pairs[index]:
         try:
-            ids, mask = tokenizer.render_conversation(conversation, max_tokens=_UNLIMITED)
+            ids, mask = tokenizer.render_conversation(conversation, max_tokens=None)
         except ValueError as error:
             raise UserError(f"preference pair {index}: {error}") from None
         rows.append(Row(np.array(ids, np.int32), np.array(mask, np.bool_)))

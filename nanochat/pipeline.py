@@ -213,9 +213,7 @@ class _Runner:
     def __init__(self, plan: Plan, markers: Markers, logs: Path) -> None:
         self.plan, self.markers, self.logs = plan, markers, logs
         self._background: dict[str, tuple[Stage, subprocess.Popen, Path, float]] = {}
-        # torchrun's own 30 seconds are too short for a large model to be saved.
-        patient = {"PYTHONUNBUFFERED": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300"}
-        self._environment = patient | os.environ | plan.environment
+        self._environment = os.environ | plan.environment | {"PYTHONUNBUFFERED": "1"}
 
     def run(self, stage: Stage) -> None:
         self.wait_for(stage.needs)

@@ -217,7 +217,7 @@ def _hub_plan(
             f"scripts.base_eval {rows}",
         ),
         *_tuning_rows(tune_s, rows, rows, ""),
-        *(_reinforcement_rows(3 * tune_s, "", "-a GSM8K") if rl else []),
+        *(_reinforcement_rows(3 * tune_s, "-a GSM8K") if rl else []),
     ]  # fmt: skip
     facts = model_facts(config, horizon) | {
         "memory": f"about {format_bytes(choice.memory_bytes)} per GPU at {choice.device_batch_size} rows",
@@ -240,9 +240,9 @@ def _tuning_rows(seconds: float, mid: str, sft: str, evaluation: str) -> list[Ro
     ]
 
 
-def _reinforcement_rows(seconds: float, flags: str, evaluation: str) -> list[Row]:
+def _reinforcement_rows(seconds: float, evaluation: str) -> list[Row]:
     return [
-        Row("chat_rl", "reinforce correct answers", seconds, ("chat_sft",), f"scripts.chat_rl {flags}"),
+        Row("chat_rl", "reinforce correct answers", seconds, ("chat_sft",), "scripts.chat_rl"),
         evaluation_row("rl", "chat_rl", seconds / 6, evaluation),
     ]
 

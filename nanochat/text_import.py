@@ -14,19 +14,18 @@ import io
 import json
 import os
 import random
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from hashlib import sha256
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from nanochat.common import UserError, whole_file, write_json
+from nanochat.common import UserError, hash_file, whole_file, write_json
 from nanochat.configurator import option
 from nanochat.dataset import open_shard
+from nanochat.download import check_space
 from nanochat.manifests import MANIFEST, NAMED_SETS, imported_set
 
 JSON_LINES, PLAIN_TEXT, PACKED = (".jsonl", ".ndjson", ".json"), (".txt", ".md"), (".gz", ".zst")
@@ -71,7 +70,8 @@ def import_text(cfg: Config) -> None:
         num_bytes, sources = sum(map(_unpacked_bytes, paths)), [str(path) for path in paths]
         source = f"{len(paths):,} files"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(folder.parent, num_bytes or 0)
+    # Buckets hold the text once; shards, which are packed, replace them one by one.
+    check_space(folder.parent, round(1.3 * (num_bytes or 0)))
     size = f"about {num_bytes / 1e6:,.1f} MB" if num_bytes else "an unknown amount"
     print(f"{source}, {size} of text, into {folder}", flush=True)
     facts = write_data_set(cfg, documents, num_bytes, sources)
@@ -311,19 +311,10 @@ def write_shard(path: Path, texts: list[str], **parquet: Any) -> dict:
         pq.write_table(table, file, **options)
     return {
         "name": path.name, "documents": len(texts), "characters": sum(map(len, texts)),
-        "bytes": path.stat().st_size, "sha256": sha256(path.read_bytes()).hexdigest(),
+        "bytes": path.stat().st_size, "sha256": hash_file(path),
     }  # fmt: skip
 
 
 def _unpacked_bytes(path: Path) -> int:
     factor = PACKED_FACTOR if path.suffix in (*PACKED, ".parquet") else 1
     return path.stat().st_size * factor
-
-
-def _check_space(folder: Path, num_bytes: int) -> None:
-    """Buckets hold the text once; shards, which are packed, replace them one by one."""
-    free = shutil.disk_usage(folder).free
-    if free < 1.3 * num_bytes:
-        raise UserError(
-            f"{folder} has {free / 1e9:.1f} GB free, but the text needs about {1.3 * num_bytes / 1e9:.1f} GB"
-        )

@@ -114,11 +114,11 @@ class Tokenizer(ABC):
         return token
 
     def render_conversation(
-        self, conversation: Conversation, max_tokens: int = 2048
+        self, conversation: Conversation, max_tokens: int | None = 2048
     ) -> tuple[list[int], list[int]]:
         """Ids and loss mask (1 = training target) of a conversation, both cut to max_tokens.
 
-        Raises ValueError for a malformed conversation.
+        max_tokens=None cuts nothing. Raises ValueError for a malformed conversation.
         """
         return conversations.render(conversation, self._encode_one, self._special_id, max_tokens)
 

@@ -11,7 +11,6 @@ if [ $# -lt 1 ] || [[ "$1" == -* ]] || [ -z "${NNODES:-}" ] || [ -z "${HEAD:-}" 
     exit 2
 fi
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}" # else it kills what still saves
 ranks="${NPROC_PER_NODE:-$(python -c 'import torch; print(max(torch.cuda.device_count(), 1))')}"
 exec python -m torch.distributed.run --nnodes="$NNODES" --nproc_per_node="$ranks" --rdzv_backend=c10d \
     --rdzv_endpoint="$HEAD" --rdzv_id="${RUN_ID:-nanochat}" -m "$1" -- "${@:2}"

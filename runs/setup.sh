@@ -4,6 +4,7 @@
 mkdir -p "${NANOCHAT_BASE_DIR:=$HOME/.cache/nanochat}"
 NANOCHAT_BASE_DIR="$(cd "$NANOCHAT_BASE_DIR" && pwd)" # absolute, because the folder changes below
 export NANOCHAT_BASE_DIR
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}" # seconds that torchrun lets ranks save
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [ "${SKIP_SETUP:-0}" != "1" ]; then

@@ -331,7 +331,7 @@ def evaluations(
     from nanochat.common import print0
     from nanochat.core_eval import evaluate_core
     from nanochat.dataloader import PretrainLoader
-    from nanochat.engine import Engine
+    from nanochat.engine import Engine, SamplingParams
     from nanochat.loss_eval import evaluate_bpb
     from nanochat.tokenizer import get_token_bytes
     from nanochat.training_run import Evaluation
@@ -351,11 +351,11 @@ def evaluations(
 
     def samples() -> dict:
         if world.is_main:
-            engine = Engine(model, tokenizer)
-            for prompt in PROMPTS:
-                ids = tokenizer.encode(prompt, prepend=tokenizer.get_bos_token_id())
-                results, _ = engine.generate_batch(ids, max_tokens=16, temperature=0)
-                print0(f"  {tokenizer.decode(results[0][1:])!r}")
+            engine = Engine(model, tokenizer, tools={})
+            prompts = [tokenizer.encode(text, prepend=tokenizer.get_bos_token_id()) for text in PROMPTS]
+            greedy = SamplingParams(temperature=0.0, max_tokens=16)
+            for prompt, completion in zip(PROMPTS, engine.complete_many(prompts, greedy), strict=True):
+                print0(f"  {prompt + tokenizer.decode(completion.content)!r}")
         return {}
 
     return (

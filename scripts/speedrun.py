@@ -104,7 +104,9 @@ def check_hub(environment: dict[str, str], pending: list[str]) -> str:
     """What is wrong with the network, if a pending stage needs it; empty if nothing is."""
     if environment["NANOCHAT_DATA"] != "hub" or not any(name.startswith("data") for name in pending):
         return ""
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    from nanochat.download import hub_endpoint
+
+    endpoint = hub_endpoint()
     failure = hub_failure(endpoint)
     return failure and (
         f"the hub cannot be reached ({endpoint}: {failure}); set HF_ENDPOINT to a mirror, or use the embedded"
@@ -112,13 +114,13 @@ def check_hub(environment: dict[str, str], pending: list[str]) -> str:
     )
 
 
-def hub_failure(endpoint: str, timeout: float = 5.0) -> str:
+def hub_failure(endpoint: str) -> str:
     """Why a HEAD request to the hub fails; empty if it answers."""
     from urllib.error import HTTPError, URLError
     from urllib.request import Request, urlopen
 
     try:
-        urlopen(Request(endpoint, method="HEAD"), timeout=timeout).close()
+        urlopen(Request(endpoint, method="HEAD"), timeout=5.0).close()
     except HTTPError:
         return ""  # it answered
     except (URLError, OSError, ValueError) as error:

@@ -110,6 +110,7 @@ def sweep_plan(cfg: Config, series: str, runs: Sequence[Run], ranks: int, has_to
     """Data and tokenizer unless they exist, then one stage per run."""
     from nanochat.pipeline import Plan, Stage
     from nanochat.plans import Launcher
+    from nanochat.sizing import SHARD_BYTES
 
     stages = []
     if not cfg.skip_setup and os.environ.get("SKIP_SETUP") != "1":
@@ -124,7 +125,7 @@ def sweep_plan(cfg: Config, series: str, runs: Sequence[Run], ranks: int, has_to
         stages.append(Stage(one.tag, about, command, 3600, resumable=True))
     return Plan(
         f"{series}_{cfg.kind}", f"{len(runs)} runs on {ranks} ranks", tuple(stages),
-        {"NANOCHAT_DATA": data_source()}, disk_bytes=cfg.num_shards * 100_000_000 if stages else 0,
+        {"NANOCHAT_DATA": data_source()}, disk_bytes=cfg.num_shards * SHARD_BYTES if stages else 0,
     )  # fmt: skip
 
 

@@ -118,11 +118,14 @@ def data_texts() -> dict[str, str]:
 
 def data_name() -> str:
     """What the rows of the pretraining data are called in the tables."""
-    from nanochat.dataset import split_files
+    from nanochat.dataset import data_folders, data_sets_in_use
+    from nanochat.manifests import FINEWEB_EDU
 
     if data_source() == "tinyworld":
         return "tinyworld"
-    return "climbmix" if split_files("train")[0].parent.name.endswith("climbmix") else "fwe"
+    if data_folders() == [FINEWEB_EDU.path]:
+        return "fwe"
+    return "+".join(named.name for named in data_sets_in_use())
 
 
 def measure(tokenizer: RustBPETokenizer, texts: Mapping[str, str]) -> Sizes:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from nanochat.common import UserError
-from nanochat.conversation import Conversation, Message
+from nanochat.conversation import Conversation, Message, checked_messages
 
 
 class RowError(UserError, ValueError):
@@ -175,17 +175,16 @@ class FinalAnswer(Task):
 
 
 def check_dialogue(messages: Sequence[Message], where: str) -> None:
-    """Raise RowError unless there are at least two messages, user and assistant by turns, all text.
+    """Raise RowError unless these are messages of a conversation (see conversation.py), of both sides.
 
     where: what to call the conversation in the error.
     """
-    if len(messages) < 2:
-        raise RowError(f"{where}: a conversation needs at least two messages, not {len(messages)}")
     for index, message in enumerate(messages):
         if not (isinstance(message, dict) and "role" in message and "content" in message):
             raise RowError(f"{where}: message {index} must have a role and a content")
-        expected = ("user", "assistant")[index % 2]
-        if message["role"] != expected:
-            raise RowError(f"{where}: message {index} must be from {expected}, not {message['role']!r}")
-        if not isinstance(message["content"], str):
-            raise RowError(f"{where}: the content of message {index} must be a string")
+    try:
+        turns = len(checked_messages({"messages": list(messages)})) if messages else 0
+    except (ValueError, KeyError, TypeError) as error:
+        raise RowError(f"{where}: {error}") from None
+    if turns < 2:
+        raise RowError(f"{where}: a conversation needs at least two messages, not {turns}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nanochat.conversation import Conversation
 from nanochat.hub import load_hub_dataset
-from tasks.common import RowError, Task, check_dialogue
+from tasks.common import Task, check_dialogue
 
 
 class SmolTalk(Task):
@@ -22,11 +22,5 @@ class SmolTalk(Task):
     def get_example(self, index: int) -> Conversation:
         """A conversation as it is in the data, system message included. RowError if it is malformed."""
         messages = self.rows[index]["messages"]
-        where = f"SmolTalk conversation {index}"
-        if not messages:
-            raise RowError(f"{where} is empty")
-        has_system = messages[0]["role"] == "system"
-        if has_system and not isinstance(messages[0]["content"], str):
-            raise RowError(f"{where}: the content of the system message must be a string")
-        check_dialogue(messages[has_system:], where)
+        check_dialogue(messages, f"SmolTalk conversation {index}")
         return {"messages": messages}

@@ -44,14 +44,18 @@ def test_fewer_than_two_files_are_an_error(tmp_path, split):
         split_files(split, tmp_path)
 
 
-def test_climbmix_insists_on_its_pinned_validation_shard(base):
-    folder = base / "base_data_climbmix"
+@pytest.mark.parametrize(
+    ("name", "folder", "pinned"),
+    [("climbmix", "base_data_climbmix", "shard_06542"), ("fineweb-edu", "base_data", "shard_01822")],
+)
+def test_sets_of_the_hub_insist_on_their_pinned_validation_shard(base, monkeypatch, name, folder, pinned):
+    monkeypatch.setenv("NANOCHAT_DATASET", name)
     for index in (0, 1):
-        write_shard(folder / f"shard_{index:05d}.parquet", [["x"]])
-    with pytest.raises(UserError, match=r"validation shard shard_06542\.parquet is missing"):
+        write_shard(base / folder / f"shard_{index:05d}.parquet", [["x"]])
+    with pytest.raises(UserError, match=rf"validation shard {pinned}\.parquet is missing"):
         split_files("train")
-    write_shard(folder / "shard_06542.parquet", [["x"]])
-    assert _names(split_files("val")) == ["shard_06542.parquet"]
+    write_shard(base / folder / f"{pinned}.parquet", [["x"]])
+    assert _names(split_files("val")) == [f"{pinned}.parquet"]
     assert len(split_files("train")) == 2
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from nanochat import download
-from nanochat.common import UserError
-from nanochat.download import Facts, fetch, get_json, hash_file
+from nanochat.common import UserError, hash_file
+from nanochat.download import Facts, fetch, get_json
 from tests.hub_server import HubServer, serving
 
 ROOT = Path(__file__).parents[1]

@@ -293,6 +293,18 @@ def test_custom_json_reads_lines_in_order_and_skips_blank_ones(tmp_path):
     assert CustomJSON(str(path), start=1)[0] == {"messages": other}
 
 
+def test_custom_json_takes_system_messages_and_tool_calls(tmp_path):
+    parts = [
+        {"type": "python", "text": "1+1"},
+        {"type": "python_output", "text": "2"},
+        {"type": "text", "text": "2."},
+    ]
+    talk = [{"role": "system", "content": "be kind"}, TALK[0], {"role": "assistant", "content": parts}]
+    path = tmp_path / "talks.jsonl"
+    path.write_text(json.dumps(talk))
+    assert CustomJSON(path)[0]["messages"] == talk
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
@@ -304,8 +316,15 @@ def test_custom_json_reads_lines_in_order_and_skips_blank_ones(tmp_path):
         (json.dumps([TALK[0], {"role": "assistant"}]), "message 1 must have"),
         (json.dumps(["user", "assistant"]), "message 0 must have"),
         (json.dumps(TALK[::-1]), "message 0 must be from user, not 'assistant'"),
-        (json.dumps([{"role": "system", "content": "s"}, *TALK]), "not 'system'"),
-        (json.dumps([TALK[0], {"role": "assistant", "content": 5}]), "message 1 must be a string"),
+        (json.dumps([{"role": "system", "content": "s"}, TALK[0]]), "at least two"),
+        (
+            json.dumps([TALK[0], {"role": "assistant", "content": [{"type": "pyton", "text": "1"}]}]),
+            "part type",
+        ),
+        (
+            json.dumps([TALK[0], {"role": "assistant", "content": 5}]),
+            "message 1: assistant content must be a string",
+        ),
     ],
 )
 def test_custom_json_names_the_bad_line(tmp_path, line, reason):

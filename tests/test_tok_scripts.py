@@ -33,9 +33,9 @@ def base(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("NANOCHAT_DATA", "hub")
     monkeypatch.setenv("NANOCHAT_DATASET", "fineweb-edu")
     (tmp_path / "base_data").mkdir()
-    for index in range(2):
-        table = pa.table({"text": DOCUMENTS[index::2]})
-        pq.write_table(table, tmp_path / "base_data" / f"shard_{index:05d}.parquet", row_group_size=40)
+    for part, shard in enumerate((0, 1822)):
+        table = pa.table({"text": DOCUMENTS[part::2]})
+        pq.write_table(table, tmp_path / "base_data" / f"shard_{shard:05d}.parquet", row_group_size=40)
     return tmp_path
 
 

@@ -87,7 +87,7 @@ class NanochatLM(TemplateLM):
         """Text of a conversation that asks for the next answer, or that continues the last one."""
         open_answer = {"role": "assistant", "content": ""}
         messages = [*chat_history, open_answer] if add_generation_prompt else chat_history
-        ids, _ = self.vocabulary.render_conversation({"messages": messages}, 1 << 30)
+        ids, _ = self.vocabulary.render_conversation({"messages": messages}, None)
         return self.vocabulary.decode(ids[:-1])  # without <|assistant_end|>
 
     # --- scoring -------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from nanochat.serve.errors import ApiError
 
 Message = dict[str, Any]
-UNLIMITED = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +128,7 @@ def _oldest_exchange(turns: Sequence[Message]) -> int:
 def _block(tokenizer: RustBPETokenizer, message: Message) -> list[int]:
     """The tokens of one message with its fences, by the one function that renders conversations."""
     if message["role"] == "user":
-        return tokenizer.render_conversation({"messages": [message]}, UNLIMITED)[0][1:]
+        return tokenizer.render_conversation({"messages": [message]}, None)[0][1:]
     # An assistant message cannot open a conversation: give it an empty question and cut off bos, start, end.
     question = {"role": "user", "content": ""}
-    return tokenizer.render_conversation({"messages": [question, message]}, UNLIMITED)[0][3:]
+    return tokenizer.render_conversation({"messages": [question, message]}, None)[0][3:]
