@@ -6,7 +6,6 @@ the token's position, never on what else is in the batch. B rows, V vocabulary, 
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -56,15 +55,15 @@ def _mix(x: int) -> int:
 class _Group:
     """Rows that draw in the same way, and their settings as (rows, 1) tensors; None where no row uses one.
 
-    Rows with top_k or top_p draw from candidates in descending order, the others in the order of the
-    vocabulary. A row must do the same in every company, or its seed would not give the same tokens.
+    Candidates are brought into descending order for rows with top_k or top_p only. A row must be treated alike in every
+    company, or its seed would not give the same tokens; and which of several equal candidates are among the largest
+    depends on how many are asked for. So their number is common to a group.
     """
 
     rows: torch.Tensor | None  # None: all
     is_ordered: bool
     num_candidates: int  # 0: the whole vocabulary
     temperature: torch.Tensor
-    top_k: torch.Tensor | None
     top_p: torch.Tensor | None
     min_p: torch.Tensor | None
 
@@ -74,20 +73,20 @@ class _Group:
             return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
 
         members = [params[row] for row in rows]
-        limits = [p.top_k or math.inf for p in members]
+        is_ordered, num_candidates = _order(members[0])
         return cls(
             rows=None if len(rows) == len(params) else torch.tensor(rows, device=device),
-            is_ordered=_is_ordered(members[0]),
-            num_candidates=0 if math.inf in limits else int(max(limits)),
+            is_ordered=is_ordered,
+            num_candidates=num_candidates,
             temperature=column([p.temperature for p in members]),
-            top_k=column(limits) if len(set(limits)) > 1 else None,
             top_p=column([p.top_p for p in members]) if any(p.top_p < 1 for p in members) else None,
             min_p=column([p.min_p for p in members]) if any(p.min_p > 0 for p in members) else None,
         )
 
 
-def _is_ordered(params: SamplingParams) -> bool:
-    return bool(params.top_k) or params.top_p < 1
+def _order(params: SamplingParams) -> tuple[bool, int]:
+    """Whether a row's candidates must be in descending order, and how many of them there are; 0: all."""
+    return bool(params.top_k) or params.top_p < 1, params.top_k or 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +101,13 @@ class SamplingBatch:
     @classmethod
     def of(cls, params: Sequence[SamplingParams], device: torch.device) -> SamplingBatch:
         """Sort the rows into groups that can be drawn together."""
-        drawing = [row for row, p in enumerate(params) if p.temperature > 0]
-        groups = [[r for r in drawing if _is_ordered(params[r]) == ordered] for ordered in (False, True)]
-        made = [_Group.of(rows, params, device) for rows in groups if rows]
-        return cls(params, len(drawing) < len(params), any(p.adjusts_logits for p in params), made)
+        groups: dict[tuple[bool, int], list[int]] = {}
+        for row, p in enumerate(params):
+            if p.temperature > 0:
+                groups.setdefault(_order(p), []).append(row)
+        made = [_Group.of(rows, params, device) for rows in groups.values()]
+        any_greedy = any(p.temperature == 0 for p in params)
+        return cls(params, any_greedy, any(p.adjusts_logits for p in params), made)
 
     @property
     def all_greedy(self) -> bool:
@@ -149,12 +151,20 @@ def fetch(ids: torch.Tensor) -> Callable[[], list[int]]:
 
 
 def _draw(logits: torch.Tensor, group: _Group, uniform: torch.Tensor) -> torch.Tensor:
-    ids = None
-    if 0 < group.num_candidates < logits.size(-1):
+    ids, size = None, logits.size(-1)
+    if 0 < group.num_candidates < size:
         logits, ids = _largest(logits, group.num_candidates)
     elif group.is_ordered:
         logits, ids = logits.sort(dim=-1, descending=True)
-    cumulative = _probabilities(logits, group).cumsum(dim=-1)
+    probs = _probabilities(logits, group)
+    # Back to the order of the vocabulary: another rounding, as of other company, swaps candidates that nearly tie, and
+    # then the same draw would mean another token.
+    if ids is not None and ids.size(-1) < size:
+        ids, order = ids.sort(dim=-1)
+        probs = probs.gather(1, order)
+    elif ids is not None:
+        probs, ids = torch.empty_like(probs).scatter_(1, ids, probs), None
+    cumulative = probs.cumsum(dim=-1)
     # The first candidate whose cumulative probability exceeds the draw; it cannot have probability zero.
     choice = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     choice = choice.clamp_(max=cumulative.size(-1) - 1)
@@ -175,9 +185,6 @@ def _largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def _probabilities(logits: torch.Tensor, group: _Group) -> torch.Tensor:
-    if group.top_k is not None:
-        rank = torch.arange(logits.size(-1), device=logits.device)
-        logits = logits.masked_fill(rank >= group.top_k, -torch.inf)
     probs = (logits / group.temperature).softmax(dim=-1)
     if group.min_p is not None:
         floor = group.min_p * probs.amax(dim=-1, keepdim=True)

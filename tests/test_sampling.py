@@ -35,6 +35,8 @@ def frequencies(logits: torch.Tensor, params: SamplingParams, count: int = 20_00
     [
         {"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"max_tokens": -1},
         {"top_p": 0.0}, {"top_p": 1.5}, {"min_p": -0.1}, {"repetition_penalty": 0.0}, {"logprobs": -1}, {"stop": ("a", "")}, {"stop": "ab"},
+        {"repetition_penalty": float("inf")}, {"repetition_penalty": 1e-300}, {"presence_penalty": float("nan")},
+        {"frequency_penalty": -float("inf")}, {"logit_bias": {3: float("nan")}}, {"logit_bias": {1: 0.0, 3: 1e300}},
     ],
 )  # fmt: skip
 def test_meaningless_settings_are_refused(wrong):
@@ -46,6 +48,13 @@ def test_greedy_ignores_randomness_and_filters():
     logits = torch.randn(5, 40)
     params = [SamplingParams(temperature=0, top_k=3, top_p=0.5)] * 5
     assert draw(logits, params, [0.99] * 5) == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-7, 1e-38, 1e-46])
+def test_the_coldest_temperatures_take_the_best(temperature, top_k):
+    logits = torch.tensor([[0.0, 15.0, 14.0, 1.0]])
+    assert draw(logits, [SamplingParams(temperature, top_k)], [0.99]) == [1]
 
 
 def test_distribution_without_filters_is_the_softmax():
@@ -139,14 +148,22 @@ def test_rows_do_not_influence_each_other(data):
         min_p=st.sampled_from([0.0, 0.2]),
     )
     params = data.draw(st.lists(row, min_size=2, max_size=5))
-    logits, uniform = torch.randn(len(params), 9, generator=rng), torch.rand(len(params), generator=rng)
+    logits = torch.randint(-20, 20, (len(params), 99), generator=rng) / 8  # many are equal, as in bf16
+    uniform = torch.rand(len(params), generator=rng)
     together = draw(logits, params, uniform)
     for i, one in enumerate(params):
-        alone = draw(logits[i : i + 1], [one], uniform[i : i + 1])
-        # The company decides how many candidates are summed up: a draw within rounding of a border may move.
-        around = [(uniform[i : i + 1] + e).clamp(0, 0.999999) for e in (1e-5, -1e-5)]
-        nearby = [draw(logits[i : i + 1], [one], u)[0] for u in around]
-        assert together[i] in (*alone, *nearby)
+        assert [together[i]] == draw(logits[i : i + 1], [one], uniform[i : i + 1])
+
+
+@pytest.mark.parametrize("params", [SamplingParams(top_k=4), SamplingParams(top_p=0.9), SamplingParams()])
+def test_candidates_that_nearly_tie_keep_their_draws(params):
+    """Another rounding of the logits, which comes with other company, makes another one the larger."""
+    uniform = (torch.arange(100) + 0.5) / 100
+    found = [
+        draw((torch.tensor([3.0, 0.0, 3.0, 2.0, 1.0]) + noise).expand(100, -1), [params] * 100, uniform)
+        for noise in (torch.tensor([1e-6, 0, 0, 0, 0]), torch.tensor([0, 0, 1e-6, 0, 0]))
+    ]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2.0**-24])

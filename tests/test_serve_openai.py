@@ -95,6 +95,7 @@ def test_openai_errors(client: openai.OpenAI):
         return caught.value
 
     assert fails(temperature=3).param == "temperature"
+    assert "repetition_penalty=1e-300" in fails(extra_body={"repetition_penalty": 1e-300}).message
     assert fails(messages=user("x" * 600)).code == "context_length_exceeded"
     assert fails(tools=[{"type": "function", "function": {"name": "f"}}]).code == "unsupported_parameter"
     assert fails(response_format={"type": "json_object"}).param == "response_format"

@@ -89,19 +89,22 @@ class Service:
         return prompt
 
     def params(self, sampling: Sampling, max_tokens: int, **extra) -> SamplingParams:
-        """Engine parameters: the request's, else the server's defaults, else a fresh seed."""
+        """Engine parameters: the request's, else the server's defaults, else a fresh seed. 400 for impossible ones."""
         defaults = self.settings.defaults
         top_k = defaults.top_k if sampling.top_k is None else sampling.top_k
         top_p = defaults.top_p if sampling.top_p is None else sampling.top_p
         seed = secrets.randbelow(2**31) if sampling.seed is None else sampling.seed
-        return SamplingParams(
-            temperature=defaults.temperature if sampling.temperature is None else sampling.temperature,
-            top_k=top_k or None,
-            top_p=max(top_p, 1e-6),  # clients may ask for 0, which means the most likely token
-            max_tokens=max_tokens,
-            seed=seed,
-            **extra,
-        )
+        try:
+            return SamplingParams(
+                temperature=defaults.temperature if sampling.temperature is None else sampling.temperature,
+                top_k=top_k or None,
+                top_p=max(top_p, 1e-6),  # clients may ask for 0, which means the most likely token
+                max_tokens=max_tokens,
+                seed=seed,
+                **extra,
+            )
+        except ValueError as error:
+            raise ApiError(400, "invalid_value", str(error)) from None
 
     def submit(
         self,
