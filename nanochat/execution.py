@@ -163,6 +163,10 @@ class _Run:
                 cwd=self.folder, env=environment, start_new_session=True, close_fds=True,
                 pass_fds=(control_read, record_write), umask=0o077,
             )  # fmt: skip
+        except BaseException:
+            os.close(control_write)
+            os.close(record_read)
+            raise
         finally:
             os.close(control_read)
             os.close(record_write)
@@ -262,7 +266,9 @@ class _Run:
         if self.status is not None:
             return True
         if self.pidfd is not None:  # notices the end without reaping, so that the group id stays ours
-            return bool(select.select([self.pidfd], [], [], 0)[0])
+            poll = select.poll()  # select takes no descriptor above 1023
+            poll.register(self.pidfd, select.POLLIN)
+            return bool(poll.poll(0))
         pid, status, _ = os.wait4(self.process.pid, os.WNOHANG)
         self.status = status if pid else None
         return pid != 0

@@ -336,3 +336,36 @@ def test_s16_isolated_mode():
 def test_hostile_programs_fail_cleanly(code):
     result = run(code, timeout=3.0)
     assert not result.success and result.error and result.duration < 3.5
+
+
+# --- many open files ---------------------------------------------------------------------------------
+
+
+def test_descriptors_beyond_1023():
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= before[1] < 1200:
+        pytest.skip("this system allows too few open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1200, before[1]))
+    opened = []
+    try:
+        while not opened or opened[-1] < 1100:
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+        assert run("print(1)").stdout == "1\n"
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_child_that_cannot_start_leaves_nothing_open(monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no more processes")
+
+    monkeypatch.setattr("nanochat.execution.subprocess.Popen", fail)
+    process = psutil.Process()
+    before = process.num_fds()
+    with pytest.raises(OSError, match="no more processes"):
+        run("print(1)")
+    assert process.num_fds() == before
