@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from nanochat.common import ROTARY_FACTOR
 from nanochat.flash_attention import cached_attention, causal_attention
 from nanochat.head_loss import head_loss
+from nanochat.head_products import fp32_products
 from nanochat.kv_cache import Cache, Chunk, ContextOverflow
 from nanochat.network_config import SMEAR_CHANNELS, GPTConfig
 from nanochat.sizing import flops_per_token, parameters
@@ -53,6 +54,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.to(x.dtype))
+
+    def in_fp32(self, x: torch.Tensor) -> torch.Tensor:
+        """The products of x and the weight, summed and returned in fp32; without gradients."""
+        return fp32_products(x, self.weight)
 
 
 class Embedding(nn.Embedding):
@@ -241,7 +246,7 @@ class GPT(nn.Module):
         targets: torch.Tensor | None = None,
         kv_cache: Cache | None = None,
         loss_reduction: str = "mean",
-        lengths: Sequence[int] | torch.Tensor | None = None,
+        lengths: Sequence[int] | None = None,
         last_only: bool = False,
     ) -> torch.Tensor:
         """Logits (B, T, V) in fp32, or the loss if targets (B, T) int64 are given (-1 = not a target).
@@ -258,7 +263,7 @@ class GPT(nn.Module):
         return self.logits(x)
 
     def hidden(
-        self, idx: torch.Tensor, kv_cache: Cache | None, lengths: Sequence[int] | torch.Tensor | None
+        self, idx: torch.Tensor, kv_cache: Cache | None, lengths: Sequence[int] | None
     ) -> torch.Tensor:
         """Final normalised residual stream (B, T, C)."""
         config = self.config
@@ -286,9 +291,7 @@ class GPT(nn.Module):
         """Normalised embeddings (B, T, C) of tokens, before the smear; also the smear's state after them."""
         return norm(self.wte(idx).to(self.compute_dtype))
 
-    def _context(
-        self, width: int, cache: Cache | None, lengths: Sequence[int] | torch.Tensor | None
-    ) -> Context:
+    def _context(self, width: int, cache: Cache | None, lengths: Sequence[int] | None) -> Context:
         table = self.cos.size(1)
         if cache is None:
             if width > table:
@@ -303,9 +306,7 @@ class GPT(nn.Module):
         positions = chunk.positions()
         return Context(self.cos[0, positions], self.sin[0, positions], cache, chunk)
 
-    def _smear(
-        self, x: torch.Tensor, cache: Cache | None, lengths: Sequence[int] | torch.Tensor | None
-    ) -> torch.Tensor:
+    def _smear(self, x: torch.Tensor, cache: Cache | None, lengths: Sequence[int] | None) -> torch.Tensor:
         """Mix a gated part of the previous token's embedding into each token's; position 0 has none."""
         if cache is None or cache.prev_embedding is None:
             previous = torch.zeros_like(x[:, :1])
@@ -318,9 +319,17 @@ class GPT(nn.Module):
         return x + gate * shifted
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """fp32 (..., V) of final hidden states (..., C)."""
+        """fp32 (..., V) of final hidden states (..., C).
+
+        Without gradients the head's products are not rounded to the dtype of x, which would make many of them equal:
+        in bf16 they are 1/16 apart near 10. Adapters and other heads of training do round.
+        In bf16 the last bits of x still depend on how many rows are computed together, except in the compiled step of
+        processors. So only in fp32 and there does a seed give the same answer in every company.
+        """
         cap = self.config.logit_softcap
-        return cap * torch.tanh(self.lm_head(x)[..., : self.config.vocab_size].float() / cap)
+        in_fp32 = None if torch.is_grad_enabled() else getattr(self.lm_head, "in_fp32", None)
+        products = in_fp32(x) if in_fp32 else self.lm_head(x).float()
+        return cap * torch.tanh(products[..., : self.config.vocab_size] / cap)
 
     def _loss(self, x: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
         sizes = self.config.vocab_size, self.config.logit_softcap
@@ -383,7 +392,7 @@ class GPT(nn.Module):
             ids = torch.cat([ids, chosen], dim=1)
 
 
-def _last_real(x: torch.Tensor, lengths: Sequence[int] | torch.Tensor | None) -> torch.Tensor:
+def _last_real(x: torch.Tensor, lengths: Sequence[int] | None) -> torch.Tensor:
     """Each row's last real position of x (B, T, C) -> (B, 1, C)."""
     if lengths is None:
         return x[:, -1:]

@@ -15,6 +15,7 @@ from torch import nn
 
 from nanochat.common import UserError
 from nanochat.gpt import GPT, MLP, Attention, Block, Embedding, Linear
+from nanochat.head_products import fp32_products
 
 KINDS = ("none", "int8")
 _SMALLEST = 32  # a smaller matrix, such as a gate, is not worth it
@@ -42,6 +43,10 @@ class Int8Linear(nn.Module):
             y = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale.to(x.dtype))
             return y.view(*x.shape[:-1], self.out_features)
         return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+
+    def in_fp32(self, x: torch.Tensor) -> torch.Tensor:
+        """As Linear's; int8 is exact in bf16, so that nothing is rounded before the sum."""
+        return fp32_products(x, self.weight) * self.scale
 
 
 _FRAMES = (GPT, Block, Attention, MLP, nn.ModuleDict, nn.ModuleList)

@@ -192,6 +192,20 @@ def test_padded_vocabulary_rows_change_nothing():
     assert torch.equal(model(ids), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generation_has_logits_that_are_not_rounded_to_bf16(dtype):
+    config = GPTConfig.classic(**{**SIZES, "vocab_size": 1200})  # a matrix of several parts
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = GPT(config, torch.bfloat16).to(device)
+    torch.nn.init.normal_(model.lm_head.weight)
+    model.lm_head.to(dtype)
+    x = torch.randn(2, 3, config.n_embd, device=device).bfloat16()
+    weight = model.lm_head.weight.bfloat16().double()  # stored in bf16 or rounded to it, whichever came first
+    exact = 15 * torch.tanh((x.double() @ weight.T)[..., :1200] / 15)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.logits(x), exact.float(), atol=1e-5, rtol=0)
+
+
 def test_tokens_beyond_all_windows_are_not_seen():
     config = GPTConfig.modern(window_pattern="S", **{**SIZES, "n_layer": 2})
     model = golden_model(config)

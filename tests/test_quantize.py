@@ -33,6 +33,12 @@ def test_a_layer_is_within_half_a_step_of_its_weights(rows, dtype):
     assert (found.float() - expected).abs().max() < tolerance * expected.abs().max()
 
 
+def test_a_head_is_not_rounded_to_bf16():
+    narrow, x = Int8Linear(torch.nn.Linear(64, 1200, bias=False)), torch.randn(2, 3, 64).bfloat16()
+    exact = x.float() @ (narrow.weight * narrow.scale[:, None]).T
+    torch.testing.assert_close(narrow.in_fp32(x), exact, atol=1e-5, rtol=0)
+
+
 def test_zero_rows_stay_zero():
     linear = torch.nn.Linear(32, 32, bias=False)
     torch.nn.init.zeros_(linear.weight)

@@ -23,7 +23,7 @@ TRAINING_NEEDS = {"torch", "numpy", "pyarrow", "tiktoken", "rustbpe", "nanochat"
 LIBRARY_LAYERS = [
     {"machine", "common", "configurator", "options", "native"},
     {"tokenizer", "tokenizer_base", "tokenizer_hf", "tokenizer_files", "conversation", "tinyworld", "download", "manifests", "hub", "dataset", "packing", "prefetch", "mixture", "document_reader", "dataloader", "chat_loader"},
-    {"network_config", "sizing", "memory", "gpt", "parameter_groups", "growth", "lora", "kv_cache", "cpu_attention", "flash_attention", "muon", "sharding", "optim", "scaling", "schedule", "compilation", "batch_fit", "fp8", "mxfp4", "head_loss", "precision", "config_versions"},
+    {"network_config", "sizing", "memory", "gpt", "parameter_groups", "growth", "lora", "kv_cache", "cpu_attention", "flash_attention", "muon", "sharding", "optim", "scaling", "schedule", "compilation", "batch_fit", "fp8", "mxfp4", "head_loss", "head_products", "precision", "config_versions"},
     {"snapshot", "checkpoint_manager", "metrics", "training_run", "trainer"},
     {"calculator", "private_folder", "execution", "sandbox_harness", "sampling_params", "sampling", "speculation", "quantize", "cpu_decode", "cuda_decode", "cuda_kernels", "row_cache", "prefix_store", "answer_parts", "requests", "python_tool", "scheduler", "engine", "serve"},
 ]  # fmt: skip
