@@ -104,15 +104,6 @@ class PartsDecoder:
         return [Delta(kind, text)]
 
 
-def answer_text(tokenizer: Tokenizer, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
-    """The text of a whole answer without calls and results, up to the first stop string."""
-    decoder = PartsDecoder(tokenizer, stop)
-    for token in tokens:
-        decoder.push(token)
-    decoder.flush()
-    return decoder.response
-
-
 def _overlap(text: str, stop: Sequence[str]) -> int:
     """Length of the longest end of text that a stop string starts with."""
     longest = min(len(text), max((len(word) - 1 for word in stop), default=0))

@@ -381,8 +381,9 @@ def load_model(
     phase: str,
     model_tag: str | None = None,
     step: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[GPT, RustBPETokenizer, dict]:
-    """(model, tokenizer, meta) of a stage's checkpoint; phase is "train" or "eval".
+    """(model, tokenizer, meta) of a stage's checkpoint; phase is "train" or "eval", dtype what it computes in.
 
     For "eval" the matrices are stored in the compute dtype once instead of being cast in every forward pass, the
     file is mapped, and its size alone is checked: the first answer should not wait for a hash of all weights.
@@ -390,7 +391,7 @@ def load_model(
     evaluating = phase == "eval"
     directory, step = locate(source, model_tag, step, contents=not evaluating)
     checkpoint = Checkpoint.open(directory, step)
-    model = checkpoint.model(device, mapped=evaluating)
+    model = checkpoint.model(device, dtype, mapped=evaluating)
     if evaluating:
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):

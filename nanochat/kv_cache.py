@@ -81,9 +81,9 @@ class Chunk:
         return visible[:, None]
 
 
-def real_lengths(rows: int, width: int, lengths: Sequence[int] | torch.Tensor | None) -> list[int]:
+def real_lengths(rows: int, width: int, lengths: Sequence[int] | None) -> list[int]:
     """How many of `width` new tokens each row really gets; all if lengths is None. Checks them."""
-    real = [width] * rows if lengths is None else [int(n) for n in lengths]
+    real = [width] * rows if lengths is None else list(lengths)
     if len(real) != rows or not all(0 < n <= width for n in real):
         raise ValueError(f"lengths {real} do not fit {rows} rows of {width} tokens")
     return real
@@ -94,7 +94,7 @@ class Cache(Protocol):
 
     prev_embedding: torch.Tensor | None
 
-    def begin(self, width: int, lengths: Sequence[int] | torch.Tensor | None = None) -> Chunk: ...
+    def begin(self, width: int, lengths: Sequence[int] | None = None) -> Chunk: ...
 
     def insert(
         self, layer: int, chunk: Chunk, k: torch.Tensor, v: torch.Tensor
@@ -163,7 +163,7 @@ class KVCache:
         """Views (B, T, H, D) of one layer's keys and values."""
         return self.k_cache[layer], self.v_cache[layer]
 
-    def begin(self, width: int, lengths: Sequence[int] | torch.Tensor | None = None) -> Chunk:
+    def begin(self, width: int, lengths: Sequence[int] | None = None) -> Chunk:
         """Describe a chunk of `width` new tokens per row of which `lengths` (default all) are real."""
         self.ensure(width)
         return Chunk(list(self.positions), real_lengths(self.batch_size, width, lengths), width, self.device)
@@ -208,23 +208,6 @@ class KVCache:
         self.positions = list(other.positions) * (self.batch_size // other.batch_size)
         if other.prev_embedding is not None:
             self.prev_embedding = other.prev_embedding.expand(self.batch_size, -1, -1).clone()
-
-    def copy_row(self, source: KVCache, source_row: int, row: int) -> None:
-        """Make one row equal to a row of another cache."""
-        filled = source.positions[source_row]
-        if filled > self.max_seq_len:
-            raise ContextOverflow(
-                f"row of {filled} positions does not fit a cache of {self.max_seq_len} slots"
-            )
-        self.k_cache[:, row, :filled] = source.k_cache[:, source_row, :filled]
-        self.v_cache[:, row, :filled] = source.v_cache[:, source_row, :filled]
-        self.positions[row] = filled
-        if source.prev_embedding is not None:
-            if self.prev_embedding is None:
-                self.prev_embedding = source.prev_embedding.new_zeros(
-                    self.batch_size, 1, source.prev_embedding.size(2)
-                )
-            self.prev_embedding[row] = source.prev_embedding[source_row]
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order."""

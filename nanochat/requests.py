@@ -82,7 +82,7 @@ class Request:
 class Event(NamedTuple):
     """What a step did to one request: a new token, or (token None) its end without one.
 
-    finish_reason is stop, length or cancelled on the request's last event. is_terminal marks the token that
+    finish_reason is stop or length on the request's last event; a cancelled one has none. is_terminal marks the token that
     ended it, which is not part of the text.
     """
 

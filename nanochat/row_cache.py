@@ -15,6 +15,7 @@ import torch
 
 from nanochat.cpu_decode import CpuDecoder
 from nanochat.cuda_decode import CudaDecoder
+from nanochat.flash_attention import describe_backend
 from nanochat.kv_cache import Cache, Chunk, real_lengths
 from nanochat.machine import total_ram
 from nanochat.network_config import GPTConfig
@@ -38,7 +39,7 @@ class CachedModel(Protocol):
         idx: torch.Tensor,
         *,
         kv_cache: Cache | None = None,
-        lengths: Sequence[int] | torch.Tensor | None = None,
+        lengths: Sequence[int] | None = None,
         last_only: bool = False,
     ) -> torch.Tensor: ...
 
@@ -97,6 +98,17 @@ class RowCache:
     def reads_ragged(self, first: int, counts: Sequence[int]) -> bool:
         """Whether the rows from `first` on can read so many tokens each without being padded to one length."""
         return isinstance(self._decoder, CpuDecoder) and self._decoder.reads(self.positions[first:], counts)
+
+    def describe_attention(self) -> str:
+        """What computes the attention of prompts and of decoding, for the log."""
+        if self.device.type == "cpu":  # elsewhere no sequence that starts a cache is special, see gpt.py
+            prompts = describe_backend(self.device, self.dtype)
+        else:
+            prompts = "torch SDPA"
+        if isinstance(self._decoder, CpuDecoder):
+            return f"prompts: {prompts}; short prompts and decoding: our C++ step"
+        decoding = "torch SDPA" if self._decoder is None else "our Triton kernel"
+        return f"prompts: {prompts}; decoding: {decoding}"
 
     # --- memory --------------------------------------------------------------------------------------
 
@@ -277,7 +289,7 @@ class RowSpan:
         span = slice(self.first, self.last)
         return self.cache.keys[layer][span], self.cache.values[layer][span]
 
-    def begin(self, width: int, lengths: Sequence[int] | torch.Tensor | None = None) -> Chunk:
+    def begin(self, width: int, lengths: Sequence[int] | None = None) -> Chunk:
         """Describe a chunk of `width` new tokens per row of which `lengths` (default all) are real."""
         real = real_lengths(len(self.positions), width, lengths)
         chunk = Chunk(list(self.positions), real, width, self.cache.device, self.cache.rings)

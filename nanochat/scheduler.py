@@ -14,6 +14,7 @@ GPU does not wait for Python: rows in flight are read as far as their last token
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
@@ -51,8 +52,7 @@ class Scheduler:
 
     max_bytes bounds the keys and values of the rows and of the prefix store together; half of it may be the
     store's. chunk_tokens bounds a prefill chunk. Defaults suit the device. speculate: tokens that are guessed
-    ahead while a single request runs, see speculation.py. run_ahead: start a step before the tokens that it reads are
-    known to the host; None: where the decoder can.
+    ahead while a single request runs, see speculation.py; not where steps run ahead, whose decoder is faster than that.
     """
 
     def __init__(
@@ -64,7 +64,6 @@ class Scheduler:
         chunk_tokens: int | None = None,
         prefixes: PrefixStore | None = None,
         speculate: int = 0,
-        run_ahead: bool | None = None,
     ) -> None:
         device = model.get_device()
         self.model, self.toolbox, self.max_batch = model, toolbox, max_batch
@@ -76,13 +75,14 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # the i-th has row i
         self.num_preemptions = self.num_guessed = self.num_right = 0
-        self.speculate = min(speculate, self.chunk_tokens - 1)
-        self.run_ahead = not speculate and (self.cache.can_run_ahead if run_ahead is None else run_ahead)
+        self.run_ahead = self.cache.can_run_ahead
+        self.speculate = 0 if self.run_ahead else min(speculate, self.chunk_tokens - 1)
         self._flight: dict[Request, int] = {}  # rows of _flight_logits
         self._flight_logits = torch.empty(0)
         self._calling: list[Request] = []  # whose tools are at work
         self._roomless: list[Request] = []  # those that may not generate anything
         self._num_submitted = 0
+        self._has_warned = False
         self._sample = Sampler()
 
     @property
@@ -93,6 +93,12 @@ class Scheduler:
         """Queue a request. Raises ValueError for a bad prompt, ContextOverflow for an impossible one."""
         prompt = tuple(tokens)
         limit = self._limit(prompt, params)
+        beyond = len(prompt) + limit - self.model.config.sequence_len
+        if params.extend_context and beyond > 0 and not self._has_warned:
+            logging.getLogger(__name__).warning(
+                "generating up to %d tokens beyond the trained context", beyond
+            )
+            self._has_warned = True
         self._num_submitted += 1
         text = PartsDecoder(self.toolbox.tokenizer, params.stop) if params.stop else None
         key = stream_key(params.seed, stream)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.answer_parts import PartsDecoder, answer_text
-from tests.toy_model import ByteTokenizer
+from nanochat.answer_parts import PartsDecoder
+from tests.toy_model import ByteTokenizer, answer_text
 
 TOKENIZER = ByteTokenizer()
 

@@ -56,13 +56,6 @@ def test_select_keeps_and_reorders_rows():
     assert torch.equal(cache.k_cache, keys[:, [2, 0]]) and torch.equal(cache.prev_embedding, previous[[2, 0]])
 
 
-def test_copy_row():
-    source, target = filled(2, 5), filled(2, 3, slots=8)
-    target.copy_row(source, 1, 0)
-    assert target.positions == [5, 3]
-    assert torch.equal(target.v_cache[:, 0, :5], source.v_cache[:, 1, :5])
-
-
 def test_overflow_names_both_numbers():
     cache = filled(1, 15)
     cache.ensure(1)

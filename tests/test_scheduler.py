@@ -278,6 +278,16 @@ def test_running_ahead_changes_nothing(shape, monkeypatch):
             assert torch.allclose(torch.tensor(scores), torch.tensor(expected_scores), rtol=0, atol=1e-5)
 
 
+def test_nothing_is_guessed_where_steps_run_ahead(monkeypatch, caplog):
+    model = small_model("classic")
+    monkeypatch.setattr(RowCache, "can_run_ahead", True)
+    engine = Engine(model, TOKENIZER, speculate=4)
+    for _ in range(2):
+        list(engine.generate([1, 2, 3] * 5, max_tokens=3))
+    assert engine._shared.run_ahead and engine._shared.speculate == 0
+    assert caplog.text.count("speculate=4 is left out") == 1
+
+
 @pytest.mark.parametrize(
     "tool", [use_calculator, SlowTool(lambda text: time.sleep(0.02) or use_calculator(text))]
 )

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from nanochat.answer_parts import PartsDecoder
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import KVCache
 from nanochat.tokenizer import SPECIAL_TOKENS
+from nanochat.tokenizer_base import Tokenizer
 
 VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
@@ -41,6 +43,15 @@ class ByteTokenizer:
         from nanochat.conversation import render
 
         return render(conversation, self.encode, self.encode_special, max_tokens)
+
+
+def answer_text(tokenizer: Tokenizer, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
+    """The text of a whole answer without calls and results, up to the first stop string."""
+    decoder = PartsDecoder(tokenizer, stop)
+    for token in tokens:
+        decoder.push(token)
+    decoder.flush()
+    return decoder.response
 
 
 class ScriptedModel:
