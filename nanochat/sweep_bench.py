@@ -70,16 +70,20 @@ def timed_run(engine: Engine, prompts: list[list[int]], params: SamplingParams, 
     begun = last = time.perf_counter()
     requests = {engine.submit(prompt, params) for prompt in prompts}
     started, ttft, steps, step_tokens = set(), 0.0, [], 0
-    while any(request.finish_reason is None for request in requests):
-        events = engine.step()  # whose tokens are here
-        now = time.perf_counter()
-        if len(started) < len(requests):
-            started |= {event.request for event in events}
-            ttft = now - begun
-        else:
-            steps.append(now - last)
-            step_tokens += len(events)
-        last = now
+    try:
+        while any(request.finish_reason is None for request in requests):
+            events = engine.step()  # whose tokens are here
+            now = time.perf_counter()
+            if len(started) < len(requests):
+                started |= {event.request for event in events}
+                ttft = now - begun
+            else:
+                steps.append(now - last)
+                step_tokens += len(events)
+            last = now
+    finally:  # where memory ends, the next run must not find these
+        for request in requests:
+            engine.cancel(request)
     synchronize(device)
     return Run(ttft, steps, step_tokens, last - begun)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanochat.common import UserError, print0
 from nanochat.configurator import option, run
-from nanochat.options import WhichModel
+from nanochat.options import STAGES, WhichModel
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config(WhichModel):
-    source: str = option("base", "checkpoint family, or random weights", short="i", choices=("base", "mid", "sft", "rl", "random"))  # fmt: skip
+    source: str = option(
+        "base", "checkpoint family, or random weights", short="i", choices=(*STAGES, "random")
+    )
     # --- the network of random weights
     arch: str = option("classic", "random: architecture", choices=("classic", "modern"))
     depth: int = option(12, "random: layers")
@@ -47,7 +49,7 @@ class Config(WhichModel):
     dtype: str | None = option(None, "compute dtype; None chooses", short="d", choices=("bfloat16", "float16", "float32"))  # fmt: skip
     quantize: str = option("none", "weights in fewer bits", choices=("none", "int8"))
     speculate: int = option(0, "tokens to guess ahead while one row runs")
-    attn: str = option("auto", "attention backend", choices=("auto", "fa3", "sdpa"))
+    attn: str | None = option(None, "how a processor reads prompts, as NANOCHAT_ATTN: cpp or sdpa; default: the best there is")  # fmt: skip
     peer: str = option(
         "none", "measured in turns with us on the same weights", choices=("none", "transformers")
     )
@@ -66,7 +68,8 @@ def main(cfg: Config) -> None:
     if cfg.repeats < 1 or cfg.decode_tokens < 2 or cfg.prompt_tokens < 1:
         raise UserError("--repeats and --prompt-tokens must be at least 1, --decode-tokens at least 2")
     integers("--batch-sizes", cfg.batch_sizes)
-    os.environ["NANOCHAT_ATTN"] = cfg.attn
+    if cfg.attn:
+        os.environ["NANOCHAT_ATTN"] = cfg.attn
     if cfg.dtype:
         os.environ["NANOCHAT_DTYPE"] = cfg.dtype
     from nanochat.common import (  # fmt: skip
@@ -82,6 +85,10 @@ def main(cfg: Config) -> None:
     from nanochat.sweep_bench import Peaks
 
     device = check_device(cfg.device_type or autodetect_device_type())
+    if cfg.attn and device.type != "cpu":
+        raise UserError(
+            f"--attn={cfg.attn} is for processors; on {device.type} generation has its own attention"
+        )
     keep_freed_memory()
     name = device_name(device)
     peaks = Peaks(peak_bandwidth(name), peak_flops(name), measured_bandwidth(device))
@@ -101,7 +108,6 @@ def measure(
     cfg: Config, model: GPT, tokenizer: Any, peaks: Peaks, peer: TransformersPeer | None
 ) -> dict[str, Any]:
     """Everything that the JSON holds about a model."""
-    from nanochat.flash_attention import describe_backend
     from nanochat.roofline import ModelCost
     from nanochat.sweep_bench import bench_engine
 
@@ -116,9 +122,10 @@ def measure(
     middle = prompt_tokens + cfg.decode_tokens // 2
     per_step = cost.weight_bytes + cost.kv_read_bytes(middle)
     vram = total_memory(device)
+    engine = bench_engine(model, tokenizer, max(*batches, cfg.clients, 1), speculate=cfg.speculate)
     result: dict[str, Any] = {
         "model_config": vars(model.config),
-        "dtype": str(model.compute_dtype)[6:], "attention": describe_backend(device, model.compute_dtype),
+        "dtype": str(model.compute_dtype)[6:], "attention": engine.attention,
         "peak_bandwidth_bytes_per_sec": peaks.bandwidth, "peak_flops_per_sec": peaks.flops,
         "measured_bandwidth_bytes_per_sec": round(peaks.measured_bandwidth), "total_vram_bytes": vram,
         "num_params": cost.num_params, "param_dtypes": cost.param_dtypes, "weight_bytes": cost.weight_bytes,
@@ -130,7 +137,6 @@ def measure(
         "prompt_tokens": prompt_tokens, "decode_tokens": cfg.decode_tokens, "temperature": cfg.temperature,
     }  # fmt: skip
     print_card(cfg, device, result)
-    engine = bench_engine(model, tokenizer, max(*batches, cfg.clients, 1), speculate=cfg.speculate)
     bench = Bench(cfg, engine, device, cost, peaks, prompt_tokens)
     result["prefill"], *others = [bench.prefill(length) for length in (prompt_tokens, *lengths)]
     if others:
@@ -301,7 +307,7 @@ def print_card(cfg: Config, device: torch.device, result: dict[str, Any]) -> Non
     """What is measured, and what bounds it."""
     config = result["model_config"]
     print0(f"model    {cfg.source}, {config['n_layer']} layers of {config['n_embd']}, {result['dtype']}")
-    print0(f"device   {device}, attention: {result['attention']}")
+    print0(f"device   {device}, attention of {result['attention']}")
     print0(f"weights  {result['num_params']:,} parameters {result['param_dtypes']}")
     print0(
         f"bytes    {result['weight_bytes_read'] / 1e6:.1f} MB of matrices per step, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 
 import pytest
@@ -13,7 +14,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.load_bench import distribution, make_clients, serve
 from nanochat.roofline import ModelCost, peak_bandwidth, percentile
 from nanochat.sampling import SamplingParams
-from nanochat.sweep_bench import NoTokenizer, bench_engine, english_prompt, run_or_oom
+from nanochat.sweep_bench import NoTokenizer, bench_engine, english_prompt, run_or_oom, timed_run
 from scripts.infer_bench import Config, main
 from tests.toy_model import ByteTokenizer, random_model
 
@@ -32,7 +33,7 @@ def small_probe(monkeypatch):
         "nanochat.common.keep_freed_memory", lambda: None
     )  # it would last for the whole process
     for name in ("NANOCHAT_ATTN", "NANOCHAT_DTYPE"):
-        monkeypatch.setenv(name, "")
+        monkeypatch.setenv(name, "auto")
 
 
 def measured(capsys, **options) -> dict:
@@ -108,6 +109,40 @@ def test_memory_that_ends_is_an_entry():
         raise torch.OutOfMemoryError("no more")
 
     assert run_or_oom(fail, 7) == {"batch_size": 7, "error": "oom"}
+
+
+def test_memory_that_ends_takes_its_requests_along(monkeypatch):
+    engine = bench_engine(random_model("classic"), NoTokenizer(), 8)
+    cache = engine._shared.cache
+    decode, device = cache.decode, torch.device("cpu")
+
+    def bounded(rows: int, ids: list[int]) -> torch.Tensor:
+        if rows > 4 and cache.positions[0] > 5:
+            raise torch.OutOfMemoryError("no more")
+        return decode(rows, ids)
+
+    monkeypatch.setattr(cache, "decode", bounded)
+    for batch, steps in ((2, 9), (8, None), (2, 9)):
+        params = SamplingParams(temperature=0, max_tokens=10)
+
+        def work(batch=batch, params=params) -> dict:
+            run = timed_run(engine, [[1, 2, 3]] * batch, params, device)
+            assert run.step_tokens == batch * len(run.steps)
+            return {"steps": len(run.steps)}
+
+        assert run_or_oom(work, batch).get("steps") == steps
+        assert engine._shared.is_idle and cache.nbytes == 0
+
+
+def test_attention_is_the_users_choice_and_said(capsys, monkeypatch):
+    monkeypatch.setattr("nanochat.flash_attention._CHOSEN", {})
+    monkeypatch.setenv("NANOCHAT_ATTN", "sdpa")
+    said = measured(capsys, batch_sizes="1", repeats=1)["attention"]
+    assert os.environ["NANOCHAT_ATTN"] == "sdpa"
+    assert said.startswith("prompts: torch SDPA") and "decoding: " in said
+    with pytest.raises(UserError, match="'fa9' is unknown; use auto, cpp"):
+        monkeypatch.setattr("nanochat.flash_attention._CHOSEN", {})
+        measured(capsys, attn="fa9")
 
 
 def test_every_client_gets_its_tokens():

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nanochat.configurator import option, run
+from nanochat.options import STAGES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +33,7 @@ IDLE_S = 5.0
 
 @dataclass(frozen=True)
 class Config:
-    source: str = option("sft", "checkpoint family", short="i", choices=("base", "mid", "sft", "rl"))
+    source: str = option("sft", "checkpoint family", short="i", choices=STAGES)
     device_type: str = option("", "cuda, cpu or mps; empty detects")
     clients: int = option(64, "streams at once")
     gone: int = option(500, "clients that leave in the middle of their stream")
