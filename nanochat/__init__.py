@@ -1,0 +1,20 @@
+"""The library by layer, ground first: a module imports at its top level only from its own layer or those above it here.
+
+ground      common options configurator machine environment native terminal_log confidence
+text        tokenizer tokenizer_base tokenizer_hf tokenizer_files conversation
+data        download manifests hub dataset dataset_commands text_import tinyworld document_reader packing mixture prefetch
+            dataloader chat_loader contamination
+network     network_config scaling sizing memory gpt parameter_groups head_loss head_products growth kv_cache
+            flash_attention cpu_attention precision fp8 mxfp4 compilation config_versions
+optimizer   muon sharding optim schedule lora batch_fit
+training    metrics snapshot checkpoint_manager training_run trainer loss_eval
+tools       calculator private_folder sandbox_harness execution
+inference   sampling_params sampling requests answer_parts engine scheduler row_cache prefix_store speculation quantize
+            cpu_decode cuda_decode cuda_kernels python_tool roofline sweep_bench load_bench
+chat        dialogue live_markdown chat remote_chat serve
+evaluation  core_bundle core_scoring core_eval hf_eval reference_scores
+report      report_render report_scores report_html report report_compare plots plots_compared
+exchange    interop
+stages      stage finetune dpo rl
+plans       dry_run pipeline plans tinyworld_plan
+"""

@@ -241,11 +241,6 @@ class ChatLoader:
         done = (stats.conversations_used + stats.conversations_dropped) // self._size
         return min(done + 1, self._epochs or done + 1)
 
-    @property
-    def position(self) -> str:
-        """The next conversation to read, for the log."""
-        return f"conversation: {self._snapshot.reader.index}"
-
     def stats(self) -> dict[str, int | float]:
         """Conversations, tokens and rows so far, over all ranks, and the share of padding."""
         stats = self._snapshot.stats

@@ -212,12 +212,6 @@ class PretrainLoader:
         """Pass over the data, from 1, that the last batch had read up to; of a mixture, of the set read most."""
         return max(snapshot.last_read.epoch for snapshot in self._snapshots)
 
-    @property
-    def position(self) -> str:
-        """File and row group that the last batch had read up to, for the log."""
-        reads = [snapshot.last_read for snapshot in self._snapshots]
-        return ", ".join(f"pq: {read.file} rg: {read.row_group}" for read in reads)
-
     def stats(self) -> dict[str, int | float]:
         """Rows and tokens used and dropped so far, over all ranks, and the share dropped."""
         parts = [asdict(snapshot.stats) for snapshot in self._snapshots]

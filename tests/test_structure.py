@@ -6,9 +6,12 @@ import ast
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import pytest
+
+import nanochat
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {"nanochat": set(), "tasks": {"nanochat"}, "scripts": {"nanochat", "tasks"}}
@@ -19,14 +22,18 @@ SCRIPTS = sorted(
 )
 # Machines that train have no more than this (and the standard library).
 TRAINING_NEEDS = {"torch", "numpy", "pyarrow", "tiktoken", "rustbpe", "nanochat", "tasks", "scripts"}
-# Ground first; a module imports at its top level only from its own layer or below.
-LIBRARY_LAYERS = [
-    {"machine", "common", "configurator", "options", "native"},
-    {"tokenizer", "tokenizer_base", "tokenizer_hf", "tokenizer_files", "conversation", "tinyworld", "download", "manifests", "hub", "dataset", "packing", "prefetch", "mixture", "document_reader", "dataloader", "chat_loader"},
-    {"network_config", "sizing", "memory", "gpt", "parameter_groups", "growth", "lora", "kv_cache", "cpu_attention", "flash_attention", "muon", "sharding", "optim", "scaling", "schedule", "compilation", "batch_fit", "fp8", "mxfp4", "head_loss", "head_products", "precision", "config_versions"},
-    {"snapshot", "checkpoint_manager", "metrics", "training_run", "trainer"},
-    {"calculator", "private_folder", "execution", "sandbox_harness", "sampling_params", "sampling", "speculation", "quantize", "cpu_decode", "cuda_decode", "cuda_kernels", "row_cache", "prefix_store", "answer_parts", "requests", "python_tool", "scheduler", "engine", "serve"},
-]  # fmt: skip
+
+
+def layers() -> list[list[str]]:
+    """The map in the library's docstring: a line of modules per layer, longer ones continued with an indent."""
+    lines = (nanochat.__doc__ or "").split("\n\n", 1)[1].splitlines()
+    found: list[list[str]] = []
+    for line in lines:
+        if line[:1].isalpha():
+            found.append(line.split()[1:])
+        elif line.strip():
+            found[-1] += line.split()
+    return found
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
@@ -58,19 +65,19 @@ def test_imports_point_one_way(package):
         assert ours <= LAYERS[package] | {package}, f"{path} imports {ours}"
 
 
-def test_library_layers_point_down():
-    level = {module: i for i, layer in enumerate(LIBRARY_LAYERS) for module in layer}
+def test_the_map_of_the_library_is_whole_and_its_layers_point_down():
+    modules = {
+        path.relative_to(ROOT / "nanochat").parts[0].removesuffix(".py")
+        for path in (ROOT / "nanochat").rglob("*.py")
+    }
+    assert sorted(chain(*layers())) == sorted(modules - {"__init__"})
+    level = {module: i for i, layer in enumerate(layers()) for module in layer}
     wrong = []
     for path in (ROOT / "nanochat").rglob("*.py"):
         name = path.relative_to(ROOT / "nanochat").parts[0].removesuffix(".py")
         for module, at_top in imports(path):
             parts = module.split(".")
-            if (
-                at_top
-                and parts[0] == "nanochat"
-                and len(parts) > 1
-                and level.get(parts[1], 99) > level.get(name, 99)
-            ):
+            if at_top and parts[0] == "nanochat" and len(parts) > 1 and level[parts[1]] > level.get(name, 99):
                 wrong.append(f"{name} -> {parts[1]}")
     assert not wrong, wrong
 

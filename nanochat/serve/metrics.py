@@ -123,4 +123,4 @@ class Metrics:
         for kind, next_kind in pairwise(kinds):
             if kind == CALL:
                 outcome = "ok" if next_kind == OUTPUT else "rejected"
-                self.tool_calls.labels("calculator", outcome).inc()
+                self.tool_calls.labels("python", outcome).inc()

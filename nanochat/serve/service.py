@@ -189,7 +189,7 @@ class Service:
             for prompt in job.prompts:
                 logger.info("%s\n%s", "=" * 20, tokenizer.decode(prompt))
             for choice in job.choices:
-                logger.info("[ASSISTANT] (GPU %d): %s\n%s", job.worker, choice.decoder.response, "=" * 20)
+                logger.info("[ASSISTANT] (worker %d): %s\n%s", job.worker, choice.decoder.response, "=" * 20)
 
 
 class EventStream(StreamingResponse):
