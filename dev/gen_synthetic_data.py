@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dev.persona_templates import Identity, Messages, draw_dimensions, from_templates
-from nanochat.common import UserError, get_base_dir, whole_file
+from nanochat.common import UserError, data_root, whole_file
 from nanochat.configurator import option, run
 from tasks.common import RowError, check_dialogue
 
@@ -37,7 +37,9 @@ SCHEMA = {
 @dataclass(frozen=True)
 class Config:
     num: int = option(1000, "conversations to make; duplicates among them are dropped")
-    output: str = option("", "JSONL file; default identity_conversations.jsonl in the base folder")
+    output: str = option(
+        "", "JSONL file; default identity_conversations.jsonl in the folder of the data source"
+    )
     identity: str = option("", "JSON file with name, creator, year, license, url, facts; default nanochat's")
     ascii_only: bool = option(False, "drop conversations with other characters than ASCII")
     save_metadata: bool = option(
@@ -65,7 +67,7 @@ def main(cfg: Config) -> None:
     if cfg.num < 1 or cfg.workers < 1 or cfg.attempts < 1:
         raise UserError("--num, --workers and --attempts must be at least 1")
     identity = Identity.load(Path(cfg.identity)) if cfg.identity else Identity()
-    output = Path(cfg.output) if cfg.output else get_base_dir() / "identity_conversations.jsonl"
+    output = Path(cfg.output) if cfg.output else data_root() / "identity_conversations.jsonl"
     writer = Writer(cfg, identity) if cfg.base_url else None
     make: Callable[[int], Made] = writer.make if writer else lambda index: from_templates(index, identity)
     partial = output.with_name(f"{output.name}.partial")

@@ -46,11 +46,28 @@ def get_base_dir() -> Path:
 
 
 def data_source() -> str:
-    """Where data comes from: "hub" (downloaded) or "tinyworld" (generated), from NANOCHAT_DATA."""
-    source = os.environ.get("NANOCHAT_DATA") or "hub"
-    if source not in ("hub", "tinyworld"):
+    """Where data comes from: "hub" (downloaded) or "tinyworld" (generated).
+
+    NANOCHAT_DATA decides, else what the last whole run in this base folder used, so that what is typed after it goes on
+    with its data; else the hub.
+    """
+    source = os.environ.get("NANOCHAT_DATA") or ""
+    if not source:
+        with suppress(OSError):
+            source = _remembered_source().read_text(encoding="utf-8").strip()
+    if (source or "hub") not in ("hub", "tinyworld"):
         raise UserError(f"NANOCHAT_DATA={source!r} is not a data source; use hub or tinyworld")
-    return source
+    return source or "hub"
+
+
+def remember_data_source(source: str) -> None:
+    """Make it the default of this base folder."""
+    with whole_file(_remembered_source()) as file:
+        file.write(f"{source}\n".encode())
+
+
+def _remembered_source() -> Path:
+    return get_base_dir() / "data_source"
 
 
 def data_root() -> Path:

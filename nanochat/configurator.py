@@ -18,7 +18,9 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import errno
 import gc
+import math
 import sys
 import types
 import typing
@@ -29,16 +31,26 @@ from typing import Any, TypeVar
 from nanochat.common import UserError
 
 ConfigT = TypeVar("ConfigT")
+# What a disk, not this program, is to blame for.
+_NO_ROOM = {errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS}
 
 
 def option(
-    default: Any, help: str, *, short: str = "", choices: Sequence[Any] | None = None, none: str = "None"
+    default: Any,
+    help: str,
+    *,
+    short: str = "",
+    choices: Sequence[Any] | None = None,
+    none: str = "None",
+    least: float | None = None,
+    off: int | None = None,
 ) -> Any:
     """A dataclass field that is also a flag. A field whose default is `...` must be given.
 
-    none: the word for None on the command line and in presets, for a field that may be None.
+    none: the word for None on the command line and in presets, for a field that may be None. least: the smallest value;
+    off: the one below it that stands for "no limit" or "not given".
     """
-    metadata = {"help": help, "short": short, "choices": choices, "none": none}
+    metadata = {"help": help, "short": short, "choices": choices, "none": none, "least": least, "off": off}
     if default is ...:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -53,6 +65,11 @@ def run(
         main(parse(config_class, sys.argv[1:] if argv is None else argv, main.__doc__ or ""))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        print(f"error: {error.filename or 'cannot write'}: {error.strerror}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
@@ -100,6 +117,8 @@ class _Option:
     short: str
     choices: Sequence[Any] | None
     none: str
+    least: float | None
+    off: int | None
 
     def convert(self, value: Any, where: str) -> Any:
         """Check a value from a flag (text) or a preset (already typed). Widens int to float, nothing else."""
@@ -117,6 +136,9 @@ class _Option:
             raise UserError(
                 f"{where}: {self.name} must be one of {', '.join(map(str, self.choices))}, not {value!r}"
             )
+        if self.least is not None and converted != self.off and not converted >= self.least:
+            unless = "" if self.off is None else f", or {self.off}"
+            raise UserError(f"{where}: {self.name} must be at least {self.least:g}{unless}, not {value}")
         return converted
 
 
@@ -134,6 +156,8 @@ def _from_text(text: str, kind: type) -> Any:
         if number != int(number):
             raise ValueError(text)
         return int(number)
+    if kind is float and not math.isfinite(float(text)):
+        raise ValueError(text)
     return kind(text)
 
 
@@ -158,7 +182,7 @@ def _options(config_class: type) -> dict[str, _Option]:
         meta = field.metadata
         result[field.name] = _Option(
             field.name, kind, optional, required, None if required else field.default,
-            meta.get("help", ""), meta.get("short", ""), meta.get("choices"), meta.get("none", "None"),
+            meta.get("help", ""), meta.get("short", ""), meta.get("choices"), meta.get("none", "None"), meta.get("least"), meta.get("off"),
         )  # fmt: skip
     return result
 

@@ -227,7 +227,7 @@ class Config(WhichModel):
 
     source: str = option("base", "checkpoint family", short="i", choices=STAGES)
     prompt: str = option("The chemical formula of water is", "text to continue")
-    max_tokens: int = option(64, "tokens to generate")
+    max_tokens: int = option(64, "tokens to generate", least=1)
 
 
 def main(cfg: Config) -> None:

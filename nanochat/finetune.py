@@ -34,11 +34,11 @@ N = TypeVar("N", int, float)
 class PolicyConfig(StageConfig):
     """Learning rates of the stages that shift an already trained model, RL and DPO: small ones."""
 
-    embedding_lr: float = option(0.2, "learning rate of the embedding tables (AdamW)")
-    unembedding_lr: float = option(0.004, "learning rate of the head (AdamW)")
-    matrix_lr: float = option(0.02, "learning rate of the matrices (Muon)")
-    weight_decay: float = option(0.0, "weight decay of the matrices")
-    init_lr_frac: float = option(0.05, "all learning rates are multiplied by this")
+    embedding_lr: float = option(0.2, "learning rate of the embedding tables (AdamW)", least=0)
+    unembedding_lr: float = option(0.004, "learning rate of the head (AdamW)", least=0)
+    matrix_lr: float = option(0.02, "learning rate of the matrices (Muon)", least=0)
+    weight_decay: float = option(0.0, "weight decay of the matrices", least=0)
+    init_lr_frac: float = option(0.05, "all learning rates are multiplied by this", least=0)
 
 
 @dataclass(frozen=True)
@@ -51,24 +51,24 @@ class FinetuneConfig(StageConfig):
     freeze_layers: int = option(0, "let this many layers, from the lowest, and the tables rest")
     extra_data: str = option("", "JSONL files of more conversations, by commas; here or in the data's folder")
     only_extra_data: bool = option(False, "train on --extra-data alone")
-    num_iterations: int = option(-1, "optimizer steps; -1: from --num-epochs")
-    num_epochs: int = option(1, "passes over the mixture")
-    max_seq_len: int | None = option(None, "context in tokens")
+    num_iterations: int = option(-1, "optimizer steps; -1: from --num-epochs", least=1, off=-1)
+    num_epochs: int = option(1, "passes over the mixture", least=1)
+    max_seq_len: int | None = option(None, "context in tokens", least=1)
     device_batch_size: int | None = option(
         None, "rows per micro-batch and rank; auto: the source's, or on another device the fastest that fits",
-        none="auto",
+        none="auto", least=1,
     )  # fmt: skip
     total_batch_size: int | None = option(None, "tokens per step")
-    embedding_lr: float | None = option(None, "learning rate of the embedding tables (AdamW)")
-    unembedding_lr: float | None = option(None, "learning rate of the head (AdamW)")
-    matrix_lr: float | None = option(None, "learning rate of the matrices (Muon)")
-    weight_decay: float = option(0.0, "weight decay of the matrices")
-    init_lr_frac: float = option(1.0, "all learning rates are multiplied by this")
-    warmup_ratio: float = option(0.0, "part of the run with rising learning rate")
-    warmdown_ratio: float = option(0.2, "part of the run with falling learning rate")
-    final_lr_frac: float = option(0.0, "learning rate at the end, relative to the peak")
+    embedding_lr: float | None = option(None, "learning rate of the embedding tables (AdamW)", least=0)
+    unembedding_lr: float | None = option(None, "learning rate of the head (AdamW)", least=0)
+    matrix_lr: float | None = option(None, "learning rate of the matrices (Muon)", least=0)
+    weight_decay: float = option(0.0, "weight decay of the matrices", least=0)
+    init_lr_frac: float = option(1.0, "all learning rates are multiplied by this", least=0)
+    warmup_ratio: float = option(0.0, "part of the run with rising learning rate", least=0)
+    warmdown_ratio: float = option(0.2, "part of the run with falling learning rate", least=0)
+    final_lr_frac: float = option(0.0, "learning rate at the end, relative to the peak", least=0)
     eval_every: int = option(150, "steps between validations; -1: off")
-    eval_tokens: int = option(20 * 524288, "validation tokens")
+    eval_tokens: int = option(20 * 524288, "validation tokens", least=1)
 
 
 def finetune(

@@ -100,7 +100,10 @@ def _start_wandb(project: str, run: str, config: dict):
         raise UserError(
             f"--run={run} asks for wandb, which is not installed; pip install wandb or drop --run"
         ) from None
-    return wandb.init(project=project, name=run, config=config)
+    try:
+        return wandb.init(project=project, name=run, config=config)
+    except Exception as error:  # of its own kinds: no account, no network
+        raise UserError(f"--run={run}: wandb: {str(error).strip().splitlines()[0]}; or drop --run") from None
 
 
 class StatusLine:

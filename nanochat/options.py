@@ -40,13 +40,13 @@ class StageConfig:
     model_tag: str | None = option(None, "checkpoint folder to read; default the largest")
     model_step: int | None = option(None, "step of the source model; default the last")
     output_tag: str | None = option(None, "checkpoint folder to write; default the name of the one read")
-    lora_rank: int = option(0, "train adapters of this rank instead of the weights (LoRA); 0: off")
+    lora_rank: int = option(0, "train adapters of this rank instead of the weights (LoRA); 0: off", least=0)
     lora_alpha: float = option(16.0, "what the adapters add is multiplied by alpha / rank")
-    lora_lr: float = option(0.01, "learning rate of the adapters (AdamW)")
-    clip_norm: float = option(0.0, "clip the gradient to this norm; 0: off")
+    lora_lr: float = option(0.01, "learning rate of the adapters (AdamW)", least=0)
+    clip_norm: float = option(0.0, "clip the gradient to this norm; 0: off", least=0)
     save: bool = option(True, "write checkpoints and the report section")
     save_every: int = option(-1, f"steps between checkpoints, besides {SAVED}; -1: only those")
-    keep_last: int = option(2, "checkpoints to keep; 0: all")
+    keep_last: int = option(2, "checkpoints to keep; 0: all", least=0)
     resume: str = option("auto", "auto: continue the run in the folder; never: start over; or a step")
 
     def plan_settings(self) -> dict[str, Any]:

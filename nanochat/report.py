@@ -290,6 +290,9 @@ def _commands(stages: list[dict]) -> str:
 def main(argv: Sequence[str]) -> None:
     """Run one of the actions; generate is the default."""
     action = argv[0] if argv else "generate"
+    if {"-h", "--help"} & set(argv):
+        print((__doc__ or "").strip())
+        return
     if action == "compare":
         from nanochat.report_compare import compare
 
@@ -304,6 +307,7 @@ def main(argv: Sequence[str]) -> None:
         report.generate()
     elif action == "reset":
         report.reset()
+        print(f"the report begins anew: {report.folder}")
     elif action == "json":
         print(json.dumps(read_json(report.folder / "report.json")))
     else:

@@ -20,7 +20,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from nanochat.checkpoint_manager import Checkpoint
-from nanochat.common import World, device_name, peak_flops, peak_memory_bytes, synchronize
+from nanochat.common import World, device_name, peak_flops, peak_memory_bytes, print0, synchronize
 from nanochat.gpt import GPT
 from nanochat.metrics import MetricsLog, Value, duration
 from nanochat.optim import MuonAdamW
@@ -100,6 +100,8 @@ def train(
     run = TrainingRun(plan, world, model, tokenizer, optimizer, resume_from)
     loader = make_loader(state=run.data_state)
     forward = torch.compile(model, dynamic=False) if plan.compile else model
+    if plan.compile:
+        print0("the first step compiles the network, which takes from half a minute to several")
     steps = _Steps(plan, run, loader, forward)
     try:
         run.go(steps.timed_step, loader.state_dict)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -164,6 +165,8 @@ def graceful_stop() -> Iterator[Stop]:
             signal.signal(number, old[number])
             signal.raise_signal(number)
         stop.received.append(time.monotonic())
+        if len(stop.received) == 1 and not stop.at_once and os.environ.get("RANK", "0") == "0":
+            os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
         if stop.at_once:
             raise KeyboardInterrupt
 

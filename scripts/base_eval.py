@@ -33,9 +33,9 @@ ROW, LONGEST_ROW = 1024, 8192
 class Config(WhichModel):
     eval: str = option("core,bpb,sample", "what to evaluate: core, bpb, sample, separated by commas")
     hf_path: str | None = option(None, "a Hugging Face model to evaluate instead of our own")
-    max_per_task: int = option(-1, "examples per CORE task; -1 = all")
-    device_batch_size: int = option(32, "rows per forward pass and rank, for bits per byte")
-    split_tokens: int = option(40 * 524288, "tokens per split, for bits per byte")
+    max_per_task: int = option(-1, "examples per CORE task; -1 = all", least=1, off=-1)
+    device_batch_size: int = option(32, "rows per forward pass and rank, for bits per byte", least=1)
+    split_tokens: int = option(40 * 524288, "tokens per split, for bits per byte", least=1)
 
 
 @dataclass(frozen=True)

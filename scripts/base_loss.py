@@ -13,8 +13,8 @@ from scripts import base_eval
 
 @dataclass(frozen=True)
 class Config:
-    device_batch_size: int = option(32, "rows per forward pass and rank")
-    split_tokens: int = option(20 * 524288, "tokens per split")
+    device_batch_size: int = option(32, "rows per forward pass and rank", least=1)
+    split_tokens: int = option(20 * 524288, "tokens per split", least=1)
     model_tag: str | None = option(None, "checkpoint folder; default the largest model")
     model_step: int | None = option(None, "step of the checkpoint; default the last")
     device_type: str = option("", "cuda, mps or cpu; default the best there is")

@@ -57,46 +57,46 @@ class Config:
     aspect_ratio: int = option(64, "width = depth x this, rounded up to whole heads")
     head_dim: int = option(128, "size of an attention head")
     kv_heads: int = option(0, "key/value heads; 0: as many as query heads")
-    max_seq_len: int = option(2048, "context in tokens")
+    max_seq_len: int = option(2048, "context in tokens", least=1)
     window_pattern: str = option("SSSL", "attention windows of the layers: S short, L full (modern only)")
     qk_scale: float = option(1.2, "factor on queries and on keys; small heads need more (modern only)")
     tie_embeddings: bool = option(False, "one table for input and output, which learns at --embedding-lr")
     # horizon, in order of precedence
-    num_iterations: int = option(-1, "optimizer steps; -1: from the next two")
+    num_iterations: int = option(-1, "optimizer steps; -1: from the next two", least=1, off=-1)
     target_flops: float = option(-1.0, "train for this many FLOPs; -1: off")
     target_param_data_ratio: float = option(12.0, "tokens per parameter (matrices and head)")
     # optimization
     device_batch_size: int | None = option(
-        None, "rows per micro-batch and rank; auto: the fastest that fits, measured", none="auto"
+        None, "rows per micro-batch and rank; auto: the fastest that fits, measured", none="auto", least=1
     )
     recompute: bool = option(
         False,
         "compute activations again instead of keeping them; auto batches turn it on when nothing else fits",
     )
     total_batch_size: int = option(-1, "tokens per step; -1: from the scaling law")
-    embedding_lr: float = option(0.3, "learning rate of the embedding tables (AdamW)")
-    unembedding_lr: float = option(0.008, "learning rate of the head (AdamW)")
-    matrix_lr: float = option(0.02, "learning rate of the matrices (Muon)")
-    scalar_lr: float = option(0.5, "learning rate of the residual scalars (AdamW)")
+    embedding_lr: float = option(0.3, "learning rate of the embedding tables (AdamW)", least=0)
+    unembedding_lr: float = option(0.008, "learning rate of the head (AdamW)", least=0)
+    matrix_lr: float = option(0.02, "learning rate of the matrices (Muon)", least=0)
+    scalar_lr: float = option(0.5, "learning rate of the residual scalars (AdamW)", least=0)
     smear_lr: float = option(
-        0.2, "learning rate of smear and backout, for any batch; small batches need less"
+        0.2, "learning rate of smear and backout, for any batch; small batches need less", least=0
     )
     smear_init: float = option(
         0.0, "strength of the previous token in each embedding at the start (modern only)"
     )
-    weight_decay: float = option(0.28, "weight decay of the matrices at depth 12")
-    warmup_steps: int = option(40, "steps of rising learning rate, at most a tenth of the run")
-    warmdown_ratio: float = option(0.65, "part of the run with falling learning rate")
-    final_lr_frac: float = option(0.05, "learning rate at the end, relative to the peak")
+    weight_decay: float = option(0.28, "weight decay of the matrices at depth 12", least=0)
+    warmup_steps: int = option(40, "steps of rising learning rate, at most a tenth of the run", least=0)
+    warmdown_ratio: float = option(0.65, "part of the run with falling learning rate", least=0)
+    final_lr_frac: float = option(0.05, "learning rate at the end, relative to the peak", least=0)
     momentum_warmup_steps: int = option(400, "steps over which Muon's momentum rises")
-    clip_norm: float = option(0.0, "clip the gradient to this norm; 0: off")
+    clip_norm: float = option(0.0, "clip the gradient to this norm; 0: off", least=0)
     # data
     packing: str = option("bestfit", "rows start with BOS, or one stream", choices=("bestfit", "stream"))
     # evaluation
     eval_every: int = option(250, "steps between validations; -1: off")
-    eval_tokens: int = option(80 * 524288, "validation tokens")
+    eval_tokens: int = option(80 * 524288, "validation tokens", least=1)
     core_metric_every: int = option(2000, "steps between CORE evaluations; -1: off")
-    core_metric_max_per_task: int = option(500, "examples per CORE task; -1: all")
+    core_metric_max_per_task: int = option(500, "examples per CORE task; -1: all", least=1, off=-1)
     sample_every: int = option(2000, "steps between samples; -1: off")
     # checkpoints
     init_from: str | None = option(
@@ -104,7 +104,7 @@ class Config:
     )
     model_tag: str | None = option(None, "name of the checkpoint folder; default d<depth>")
     save_every: int = option(-1, f"steps between checkpoints, besides {SAVED}; -1: only those")
-    keep_last: int = option(2, "checkpoints to keep; 0: all")
+    keep_last: int = option(2, "checkpoints to keep; 0: all", least=0)
     resume: str = option("auto", "auto: continue the run in the folder; never: start over; or a step")
     seed: int = option(42, "seed of the initial weights")
 

@@ -31,15 +31,17 @@ class Config(PolicyConfig):
     max_pairs: int = option(-1, "train on the first pairs only; -1: all")
     max_val_pairs: int = option(400, "held-out pairs per validation; -1: all")
     # At five times this the margin grows further, and the rest of what the model can do is lost (LOG 2026-11-26).
-    init_lr_frac: float = option(0.01, "all learning rates are multiplied by this")
+    init_lr_frac: float = option(0.01, "all learning rates are multiplied by this", least=0)
     beta: float = option(0.1, "how dear departing from the source model is")
-    num_iterations: int = option(-1, "optimizer steps; -1: from --num-epochs")
-    num_epochs: int = option(1, "passes over the pairs")
-    max_seq_len: int | None = option(None, "longest row in tokens; default the source's, or the longest pair")
-    device_batch_size: int = option(8, "pairs per micro-batch and rank")
-    pairs_per_step: int = option(32, "pairs per step over all ranks")
-    warmup_ratio: float = option(0.1, "part of the run with rising learning rate")
-    warmdown_ratio: float = option(0.5, "part of the run with falling learning rate")
+    num_iterations: int = option(-1, "optimizer steps; -1: from --num-epochs", least=1, off=-1)
+    num_epochs: int = option(1, "passes over the pairs", least=1)
+    max_seq_len: int | None = option(
+        None, "longest row in tokens; default the source's, or the longest pair", least=1
+    )
+    device_batch_size: int = option(8, "pairs per micro-batch and rank", least=1)
+    pairs_per_step: int = option(32, "pairs per step over all ranks", least=1)
+    warmup_ratio: float = option(0.1, "part of the run with rising learning rate", least=0)
+    warmdown_ratio: float = option(0.5, "part of the run with falling learning rate", least=0)
     eval_every: int = option(50, "steps between validations; -1: off")
 
 

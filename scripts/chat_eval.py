@@ -29,11 +29,13 @@ class Config(WhichModel):
         short="d",
         choices=("bfloat16", "float16", "float32"),
     )
-    temperature: float = option(0.0, "sampling temperature; 0 is greedy", short="t")
-    max_new_tokens: int = option(512, "longest generated answer, in tokens", short="m")
-    num_samples: int = option(1, "answers per problem; one right one is enough", short="n")
-    top_k: int = option(50, "sample from the k likeliest tokens", short="k")
-    batch_size: int = option(8, "rows of the full context in a forward pass, multiple choice", short="b")
+    temperature: float = option(0.0, "sampling temperature; 0 is greedy", short="t", least=0)
+    max_new_tokens: int = option(512, "longest generated answer, in tokens", short="m", least=1)
+    num_samples: int = option(1, "answers per problem; one right one is enough", short="n", least=1)
+    top_k: int = option(50, "sample from the k likeliest tokens", short="k", least=0)
+    batch_size: int = option(
+        8, "rows of the full context in a forward pass, multiple choice", short="b", least=1
+    )
     max_problems: int = option(-1, "evaluate only the first problems of each task; -1 = all", short="x")
 
 
@@ -63,7 +65,9 @@ def main(cfg: Config) -> None:
             metrics |= {"ChatCORE 95% low": interval.low, "ChatCORE 95% high": interval.high}
             print0(f"95 % of resampled problems give a ChatCORE of {interval.low:.4f} to {interval.high:.4f}")
         if world.is_main:
-            save(directory / f"chat_eval_{step:06d}.json", scores, metrics, asdict(options))
+            path = directory / f"chat_eval_{step:06d}.json"
+            save(path, scores, metrics, asdict(options))
+            print0(f"results: {path}")
         accuracies: dict[str, float] = {name: score.accuracy for name, score in scores.items()}
         accuracies |= {f"{name} problems": score.total for name, score in scores.items()}
         get_report().log(

@@ -34,22 +34,22 @@ class Config(PolicyConfig):
     source: str = option("sft", "stage whose model to start from", choices=("mid", "sft", "dpo", "rl"))
     task: str = option("GSM8K", "what is rewarded: the number of GSM8K, SpellingBee; unit tests passed in HumanEval;"
         " an exact match in SimpleSpelling, ARC, MMLU", choices=TASKS)  # fmt: skip
-    num_epochs: int = option(1, "passes over the questions")
-    num_iterations: int = option(-1, "optimizer steps; -1: from --num-epochs")
-    device_batch_size: int = option(8, "sequences per forward and backward pass")
-    examples_per_step: int = option(16, "questions per step over all ranks")
-    num_samples: int = option(16, "answers per question")
-    max_new_tokens: int = option(256, "tokens per answer")
-    temperature: float = option(1.0, "of the sampled answers")
-    top_k: int = option(50, "of the sampled answers; 0: off")
-    num_updates: int = option(1, "optimizer steps on the same answers")
+    num_epochs: int = option(1, "passes over the questions", least=1)
+    num_iterations: int = option(-1, "optimizer steps; -1: from --num-epochs", least=1, off=-1)
+    device_batch_size: int = option(8, "sequences per forward and backward pass", least=1)
+    examples_per_step: int = option(16, "questions per step over all ranks", least=1)
+    num_samples: int = option(16, "answers per question", least=2)
+    max_new_tokens: int = option(256, "tokens per answer", least=1)
+    temperature: float = option(1.0, "of the sampled answers", least=0.01)
+    top_k: int = option(50, "of the sampled answers; 0: off", least=0)
+    num_updates: int = option(1, "optimizer steps on the same answers", least=1)
     clip: float = option(0.0, "a token's probability ratio counts up to 1 +- this (PPO); 0: off")
     kl: float = option(0.0, "weight of the divergence from the source model, which is kept in memory; 0: off")
     eval_every: int = option(60, "steps between evaluations; -1: off")
-    eval_examples: int = option(400, "test questions per evaluation")
-    eval_samples: int = option(8, "answers per test question, for pass@1 to pass@8")
+    eval_examples: int = option(400, "test questions per evaluation", least=1)
+    eval_samples: int = option(8, "answers per test question, for pass@1 to pass@8", least=1)
     save_every: int = option(60, f"steps between checkpoints, besides {SAVED}; -1: only those")
-    keep_last: int = option(1, "checkpoints to keep; 0: all")
+    keep_last: int = option(1, "checkpoints to keep; 0: all", least=0)
 
 
 def main(cfg: Config) -> None:
@@ -66,12 +66,8 @@ def main(cfg: Config) -> None:
             raise UserError(
                 f"--examples-per-step={cfg.examples_per_step} is not a multiple of {world.size} ranks"
             )
-        if cfg.num_samples < 2:
-            raise UserError(
-                "--num-samples must be at least 2: an answer learns from how it differs from others"
-            )
-        if cfg.num_updates < 1 or cfg.clip < 0 or cfg.kl < 0:
-            raise UserError("--num-updates must be at least 1, --clip and --kl not negative")
+        if cfg.clip < 0 or cfg.kl < 0:
+            raise UserError("--clip and --kl cannot be negative")
         if cfg.clip > 0 and cfg.num_updates == 1:
             raise UserError("--clip changes nothing with --num-updates=1: no probability has moved yet")
         beginning = begin("rl", cfg, world)

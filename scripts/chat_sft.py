@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Config(FinetuneConfig):
     source: str = option("mid", "stage whose model to start from", choices=("base", "mid", "sft"))
-    init_lr_frac: float = option(0.8, "all learning rates are multiplied by this")
-    warmdown_ratio: float = option(0.5, "part of the run with falling learning rate")
+    init_lr_frac: float = option(0.8, "all learning rates are multiplied by this", least=0)
+    warmdown_ratio: float = option(0.5, "part of the run with falling learning rate", least=0)
     eval_every: int = option(200, "steps between validations; -1: off")
-    eval_tokens: int = option(40 * 524288, "validation tokens")
+    eval_tokens: int = option(40 * 524288, "validation tokens", least=1)
     chatcore_every: int = option(200, "steps between ChatCORE evaluations; -1: off")
     chatcore_max_cat: int = option(-1, "problems per multiple-choice task; -1: all")
     chatcore_max_sample: int = option(24, "problems per generative task; -1: all")

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Config(WhichModel):
     num_gpus: int = option(1, "model replicas, one per GPU; 0 uses all", short="n")
-    source: str = option("sft", "checkpoint family", short="i", choices=STAGES)
+    source: str | None = option(
+        None, "stage of the checkpoint; default: the last there is", short="i", choices=(*STAGES, None)
+    )
     temperature: float = option(0.8, "default temperature", short="t")
     top_k: int = option(50, "default top-k; 0 switches it off", short="k")
     top_p: float = option(1.0, "default top-p")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -37,11 +37,11 @@ class Config(WhichModel):
     sequence_len: int = option(2048, "random: context")
     # --- what is generated
     prompt_tokens: int = option(2048, "prompt length; what does not fit the context is cut")
-    decode_tokens: int = option(256, "new tokens per row")
+    decode_tokens: int = option(256, "new tokens per row; half the context where that is smaller", least=2)
     batch_sizes: str = option("1,8,32,128", "rows that decode together, separated by commas")
     prefill_lengths: str = option("", "further prompt lengths to measure reading with, separated by commas")
-    temperature: float = option(0.0, "sampling temperature; 0 is greedy", short="t")
-    top_k: int = option(50, "candidates while the temperature is above 0; 0: all", short="k")
+    temperature: float = option(0.0, "sampling temperature; 0 is greedy", short="t", least=0)
+    top_k: int = option(50, "candidates while the temperature is above 0; 0: all", short="k", least=0)
     distinct: bool = option(False, "a prompt of its own for each row, instead of samples of one prompt")
     # --- how it is measured
     repeats: int = option(3, "timed runs; medians are reported")
@@ -115,7 +115,8 @@ def measure(
     lengths = integers("--prefill-lengths", cfg.prefill_lengths)
     device, cost, context = model.get_device(), ModelCost.of(model), model.config.sequence_len
     if cfg.decode_tokens >= context:
-        raise UserError(f"--decode-tokens={cfg.decode_tokens} must be below the context of {context}")
+        print0(f"{context // 2} new tokens instead of {cfg.decode_tokens}, to fit the context of {context}")
+        cfg = replace(cfg, decode_tokens=context // 2)
     prompt_tokens = min(cfg.prompt_tokens, context - cfg.decode_tokens)
     if prompt_tokens < cfg.prompt_tokens:
         print0(f"the prompt is cut to {prompt_tokens} tokens, to fit the context of {context}")

@@ -14,7 +14,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import UserError, data_source, get_base_dir, read_json
+from nanochat.common import UserError, data_source, get_base_dir, read_json, remember_data_source
 from nanochat.configurator import option, run
 
 
@@ -51,6 +51,7 @@ def main(cfg: Config) -> None:
         return
     if problem:
         raise UserError(problem)
+    remember_data_source(plan.environment["NANOCHAT_DATA"])
     run_plan(plan, base / "run", base / "logs", start=cfg.from_stage, only=cfg.only, force=cfg.force)
     if not cfg.only:
         print(closing(base), flush=True)

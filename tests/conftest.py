@@ -28,6 +28,14 @@ def ctrl_c_works():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def a_base_folder_of_their_own(tmp_path_factory):
+    """Tests neither see nor touch the runs of whoever starts them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
 @pytest.fixture
 def one_seeded_thread():
     """torch on one thread, from a fixed seed."""

@@ -36,6 +36,15 @@ def test_data_source(monkeypatch):
         common.data_source()
 
 
+def test_a_base_folder_remembers_the_data_of_its_run(monkeypatch, tmp_path):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.delenv("NANOCHAT_DATA", raising=False)
+    common.remember_data_source("tinyworld")
+    assert common.data_source() == "tinyworld" and common.data_root() == tmp_path / "tinyworld"
+    monkeypatch.setenv("NANOCHAT_DATA", "hub")
+    assert common.data_source() == "hub"
+
+
 def test_whole_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a" / "file.txt"
     with common.whole_file(path, "w") as file:

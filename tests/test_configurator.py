@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 
 import pytest
@@ -19,6 +20,7 @@ class Config:
     model_tag: str | None = option(None, "tag", short="g")
     arch: str = option("modern", "which", choices=("modern", "classic"))
     rows: int | None = option(None, "rows", none="auto")
+    steps: int = option(-1, "steps", least=1, off=-1)
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,9 @@ def test_flags(argv, expected):
         (["depth=3"], "flags start with --"),
         (["missing.py"], "cannot read preset missing.py"),
         (["--depth=None"], "must be int, not 'None'"),
+        (["--lr=nan"], "lr must be float, not 'nan'"),
+        (["--steps=0"], "steps must be at least 1, or -1, not 0"),
+        (["--steps=-2"], "steps must be at least 1, or -1, not -2"),
     ],
 )
 def test_mistakes_are_one_line(argv, message):
@@ -107,6 +112,17 @@ def test_run_prints_one_line_and_exits_2(capsys):
         run(Config, lambda config: None, ["--dept=3"])
     assert exit.value.code == 2
     assert capsys.readouterr().err == "error: --dept is not an option; did you mean --depth?\n"
+
+
+def test_a_disk_that_refuses_is_one_line(capsys):
+    def main(config) -> None:
+        """Write."""
+        raise OSError(errno.EROFS, "Read-only file system", "/there/file")
+
+    with pytest.raises(SystemExit) as exit:
+        run(Config, main, [])
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == "error: /there/file: Read-only file system\n"
 
 
 def test_help_shows_every_option_with_its_default(capsys):

@@ -169,13 +169,18 @@ def test_distributions():
             distribution(wrong)
 
 
+def test_a_context_shorter_than_the_answer_halves_it(capsys):
+    main(Config(**{**TINY, "decode_tokens": 64}))
+    assert "32 new tokens instead of 64" in capsys.readouterr().out
+
+
 def test_percentiles():
     assert [percentile([4.0, 1.0, 3.0, 2.0], share) for share in (0, 0.5, 0.99, 1)] == [1, 3, 4, 4]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(dict(batch_sizes="0"), "batch-sizes"), (dict(decode_tokens=64), "below the context"), (dict(repeats=0), "repeats")],
+    [(dict(batch_sizes="0"), "batch-sizes"), (dict(repeats=0), "repeats")],
 )  # fmt: skip
 def test_wrong_options_are_one_line(options, message):
     with pytest.raises(UserError, match=message):

@@ -57,7 +57,7 @@ def test_rows_come_in_their_shares_at_every_moment(sets, packing, split):
     upper = [is_upper(row) for row in rows(loader, 200)]
     for count in range(1, 201):
         assert abs(sum(upper[:count]) - count / 4) < 1
-    assert loader.stats()["rows"] >= 200 and loader.position.count("pq:") == 2
+    assert loader.stats()["rows"] >= 200 and len(loader.state_dict()["sets"]) == 2
     loader.close()
 
 

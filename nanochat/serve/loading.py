@@ -13,7 +13,7 @@ _ONE_THREAD_BELOW = 4_000_000
 def load_replica(
     index: int,
     *,
-    source: str,
+    source: str | None,
     device_type: str,
     model_tag: str | None,
     step: int | None,
@@ -28,7 +28,7 @@ def load_replica(
     # here, because the server imports this module too
     import torch
 
-    from nanochat.checkpoint_manager import find_model_tag, load_model, stage_dir
+    from nanochat.checkpoint_manager import find_model_tag, latest_stage, load_model, stage_dir
     from nanochat.common import autodetect_device_type, check_device
     from nanochat.engine import Engine
     from nanochat.python_tool import tools_of
@@ -38,6 +38,7 @@ def load_replica(
     if index and (device_type != "cuda" or index >= torch.cuda.device_count()):
         raise UserError(f"--num-gpus asks for {index + 1} replicas, but there are not so many GPUs")
     device = check_device(device_type, index)
+    source = source or latest_stage()
     tag = model_tag or find_model_tag(stage_dir(source))
     model, tokenizer, meta = load_model(source, device, "eval", tag, step)
     if device.type == "cpu" and sum(p.numel() for p in model.parameters()) < _ONE_THREAD_BELOW:

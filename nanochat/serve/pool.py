@@ -84,7 +84,9 @@ class WorkerPool:
     @property
     def error(self) -> Exception | None:
         """Why a worker was given up."""
-        return next((worker.error for worker in self.workers if worker.gone), None)
+        return next(
+            (worker.error for worker in self.workers if worker.gone and worker.error is not None), None
+        )
 
     @property
     def status(self) -> str:
