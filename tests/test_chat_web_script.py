@@ -40,7 +40,7 @@ def test_a_taken_port_is_one_clear_line(tmp_path):
 def test_a_missing_checkpoint_is_one_clear_line(tmp_path):
     result = run_script(tmp_path, "--port=0", "--device-type=cpu")
     assert result.returncode == 2
-    assert result.stderr.startswith("error: no checkpoint in ") and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: no checkpoint below ") and result.stderr.count("\n") == 1
 
 
 @contextmanager
