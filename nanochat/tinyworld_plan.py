@@ -105,8 +105,6 @@ def tinyworld_plan(why: str, cores: int = 2, seed: int = 0) -> Plan:
         "cores": str(cores),
     }
     stages = Launcher(1, f"d{TINY.n_layer}").stages(rows(seed, steps))
-    # Threads that spin while they wait for each other lose three quarters of their speed to one other busy process,
-    # those that sleep a third; with the cores to themselves they are equal (LOG 2026-11-26).
-    environment = {"NANOCHAT_DATA": "tinyworld", "OMP_WAIT_POLICY": "passive"}
+    environment = {"NANOCHAT_DATA": "tinyworld"}
     disk = CHARS + 4 * checkpoint_bytes(TINY)
     return Plan("tinyworld", why, stages, environment, facts, disk)
