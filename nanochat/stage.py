@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from nanochat.checkpoint_manager import Checkpoint, locate, stage_dir
+from nanochat.checkpoint_manager import Checkpoint, list_steps, locate, stage_dir
 from nanochat.common import (
     UserError,
     World,
@@ -90,8 +90,11 @@ def begin(stage: str, cfg: StageConfig, world: World) -> Beginning:
     found = Checkpoint.open(*locate(cfg.source, cfg.model_tag, cfg.model_step))
     print0(f"source model: {found.directory} step {found.step}")
     directory = output_folder(stage, found.directory, cfg.output_tag)
-    resume_from = find_resume_point(directory, world, cfg.resume) if cfg.save else None
-    return Beginning(found, directory, resume_from)
+    if cfg.save:
+        return Beginning(found, directory, find_resume_point(directory, world, cfg.resume))
+    if list_steps(directory):
+        raise UserError(f"--no-save would replace the metrics of the run in {directory}; use --output-tag")
+    return Beginning(found, directory, None)
 
 
 def data_facts(counts: Mapping[str, int | float]) -> dict[str, Value]:

@@ -43,7 +43,7 @@ from nanochat.tokenizer import RustBPETokenizer
 
 MAX_SKIPPED_IN_A_ROW = 20  # non-finite updates before the run gives up
 ECHO_S = 2.0  # a launcher passes on the signal that the terminal has sent to every process already
-UNSAVED_S = 600.0  # what an evaluation that fails may cost at most: after so long it waits for a checkpoint
+UNSAVED_S = 600.0  # after so long without a checkpoint one comes before an evaluation, which may fail
 
 
 @dataclass(frozen=True)

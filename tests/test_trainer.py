@@ -160,6 +160,9 @@ def test_without_saving_a_stage_leaves_only_its_metrics(tiny_run, stage, flags):
     run_here(stage, source="mid", save=False, num_iterations=1, eval_every=-1, **flags)
     made = {path.name for path in set(tiny_run.rglob("*")) - before if path.is_file()}
     assert "metrics.jsonl" in made and made <= {"metrics.jsonl", "lock"}
+    run_here(stage, source="mid", num_iterations=1, eval_every=-1, **flags)
+    with pytest.raises(UserError, match="--no-save would replace the metrics"):
+        run_here(stage, source="mid", save=False, num_iterations=1, eval_every=-1, **flags)
     config = import_module(f"scripts.{stage}").Config
     assert parse(config, ["--no-save"]).save is False
     with pytest.raises(UserError, match="--dry-run is not an option"):
