@@ -101,6 +101,11 @@ class Engine:
         """What computes the attention of prompts and of decoding, for the log."""
         return self._shared.cache.describe_attention()
 
+    def prompt_room(self, max_new_tokens: int) -> int:
+        """Tokens that a prompt may have if an answer is to follow; at least half the trained context."""
+        context = self.model.config.sequence_len
+        return max(context - max_new_tokens, context // 2)
+
     # --- a stream of requests ------------------------------------------------------------------------
 
     def submit(self, tokens: Sequence[int], params: SamplingParams) -> Request:

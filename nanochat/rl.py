@@ -74,8 +74,7 @@ class GroupSampler:
         The seeds depend on step, question and sample only.
         """
         conversations = [task[i] for i in indices]
-        context = self.engine.model.config.sequence_len
-        room = max(context - self.max_new_tokens, context // 2)
+        room = self.engine.prompt_room(self.max_new_tokens)
         prompts, num_cut = self.tokenizer.completion_prompts(conversations, room)
         params = [
             SamplingParams(self.temperature, self.top_k, self.max_new_tokens, seed=_seed(step, i, sample))

@@ -150,8 +150,7 @@ def pass_at_k(
 
     questions = range(world.rank, min(cfg.eval_examples, len(task)), world.size)
     conversations = [task[i] for i in questions]
-    context = engine.model.config.sequence_len
-    rendered, _ = tokenizer.completion_prompts(conversations, max(context - cfg.max_new_tokens, context // 2))
+    rendered, _ = tokenizer.completion_prompts(conversations, engine.prompt_room(cfg.max_new_tokens))
     prompts = [prompt for prompt in rendered for _ in range(cfg.eval_samples)]
     # a question's seed does not depend on the number of ranks
     params = [

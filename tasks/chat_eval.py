@@ -202,8 +202,7 @@ def _evaluate_generative(
     name: str, task: Task, indices: Sequence[int], engine: Engine, options: EvalOptions
 ) -> tuple[int, int]:
     """(passed, prompts cut): a problem is passed if any of its samples is right."""
-    context = engine.model.config.sequence_len
-    room = max(context - options.max_new_tokens, context // 2)
+    room = engine.prompt_room(options.max_new_tokens)
     passed = num_done = num_cut = 0
     for chunk in _chunks(indices, CHUNK_PROBLEMS):
         conversations = [task[index] for index in chunk]
