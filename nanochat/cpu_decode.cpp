@@ -19,12 +19,20 @@ namespace {
 
 constexpr float kNormEps = 1.0f / (1 << 23);
 constexpr int kSmearChannels = 24;
+constexpr int kPage = 32;  // positions, as in page_pool.py
 
 struct Layer {
     Matrix q, k, v, o, fc, proj, value_table, value_gate;  // value_table.data is null without one
-    int32_t window, ring;  // ring 0: position p is in slot p, else in slot p % ring
-    void *keys, *values;   // (rows, slots, kv heads, head size)
-    int64_t row_stride;    // elements from row to row
+    int32_t window, ring;    // position p of a row is in page p / kPage % ring of its own
+    void *keys, *values;     // (pages, kPage, kv heads, head size)
+    const int32_t* pages;    // (rows, ring): where these pages are
+
+    // The slot of a position among those of all pages.
+    int64_t slot(int row, int position) const {
+        int32_t own = position / kPage;
+        if (own >= ring) own %= ring;
+        return int64_t(pages[int64_t(row) * ring + own]) * kPage + position % kPage;
+    }
 };
 
 // What a step adds: `count` tokens, those of a row one behind the other in the order of their positions.
@@ -96,10 +104,8 @@ void attend(const Network& n, const Layer& l, const float* q, float* y, int row,
     float scale = 1.0f / std::sqrt(float(size));
     const C* eight[kLanes];
     auto find = [&](void* all, int i) {  // beyond the last position, that again
-        for (int j = 0; j < kLanes; j++) {
-            int at = first + std::min(i + j, count - 1);
-            eight[j] = static_cast<const C*>(all) + row * l.row_stride + size_t(l.ring ? at % l.ring : at) * n.kv_heads * size;
-        }
+        for (int j = 0; j < kLanes; j++)
+            eight[j] = static_cast<const C*>(all) + l.slot(row, first + std::min(i + j, count - 1)) * n.kv_heads * size;
     };
     for (int i = 0; i < padded; i += kLanes) {
         find(l.keys, i);
@@ -149,7 +155,7 @@ template <typename C>
 void insert(const Network& n, const Layer& l, float* q, float* k, float* v, const float* x, int64_t id, int row, int position,
             int begin, int end) {
     int group = n.heads / n.kv_heads, size = n.head_size;
-    int64_t slot = l.ring ? position % l.ring : position;
+    int64_t slot = l.slot(row, position);
     for (int h = begin; h < end; h++) {
         float *key = k + h * size, *value = v + h * size;
         if (l.value_table.data) {
@@ -157,7 +163,7 @@ void insert(const Network& n, const Layer& l, float* q, float* k, float* v, cons
             for (int i = 0; i < size; i++) value[i] += g * element(l.value_table, id, h * size + i);
         }
         turn(n, key, position);
-        int64_t at = row * l.row_stride + (slot * n.kv_heads + h) * size;
+        int64_t at = (slot * n.kv_heads + h) * size;
         for (int i = 0; i < size; i++) {
             put(static_cast<C*>(l.keys) + at + i, key[i]);
             put(static_cast<C*>(l.values) + at + i, value[i]);

@@ -37,7 +37,7 @@ _MATRICES = ("q", "k", "v", "o", "fc", "proj", "value_table", "value_gate")
 class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, _Matrix) for name in _MATRICES), ("window", c_int32), ("ring", c_int32), ("keys", c_void_p),
-        ("values", c_void_p), ("row_stride", c_int64),
+        ("values", c_void_p), ("pages", c_void_p),
     )  # fmt: skip
 
 
@@ -121,11 +121,13 @@ class CpuDecoder:
     def read(self, cache: RowCache, first: int, spans: Sequence[Sequence[int]]) -> torch.Tensor:
         """Add some tokens, at least one, to each of the rows from `first` on; logits (rows, V) fp32 after the last."""
         network, count = self._network, sum(map(len, spans))
-        for layer, window, keys, values in zip(
-            self._layers, cache.windows, cache.keys, cache.values, strict=True
+        pool = cache.pool
+        for layer, keys, values, group in zip(
+            self._layers, pool.keys, pool.values, pool.group_of, strict=True
         ):
+            table = cache.tables[group]
             layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
-            layer.row_stride, layer.ring = keys.stride(0), cache.rings.get(window, 0)
+            layer.pages, layer.ring = table.ctypes.data, table.shape[1]
         if cache.previous is not None:
             network.previous = cache.previous.data_ptr()
         ids, owners, positions = (c_int64 * count)(), (c_int32 * count)(), (c_int32 * count)()

@@ -1,7 +1,7 @@
 """The decode step of NVIDIA GPUs: few kernels, recorded once as a CUDA graph for each number of rows, then replayed.
 
-It takes the place of the network's forward pass where every running row gets one token. The host only copies ids
-and positions; started one by one, the kernels of a step would take many times longer to start than to run. Weights are
+It takes the place of the network's forward pass where every running row gets one token. The host only copies ids,
+positions and tables of pages; started one by one, the kernels of a step would take many times longer to start than to run. Weights are
 used where they lie, so that training in place is seen.
 """
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.gpt import GPT, NORM_EPS, SMEAR_CHANNELS, Attention, GPTConfig, Linear
+from nanochat.page_pool import PAGE
 from nanochat.quantize import Int8Linear, weight_layers
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _PROGRAMS = 1024  # attention is split into about so many, several for each multiprocessor
 _MAX_PARTS = 64
 _LOG2_E = 1.4426950408889634
-_IN_FLIGHT = 8  # copies of ids and positions that the GPU may not have read yet
+_IN_FLIGHT = 8  # copies of ids, positions and tables that the GPU may not have read yet
 
 
 def bucket(rows: int) -> int:
@@ -45,9 +46,11 @@ class CudaDecoder:
         self._device = model.get_device()
         self._ids = torch.zeros(0, dtype=torch.long, device=self._device)
         self._positions = torch.zeros(0, dtype=torch.long, device=self._device)
-        self._staged: list[Tensor] = []
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._tables: list[Tensor] = []  # pages of the rows, for each group of layers
+        self._staged: list[tuple[Tensor, list[Tensor]]] = []
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._generation = -1
+        self._loaded: tuple[int, int] | None = None  # version and rows of the tables
         self._steps = 0
         self._on_device = nullcontext()
         if self._device.type == "cuda":  # Triton starts kernels on the current one, which may be another
@@ -64,72 +67,85 @@ class CudaDecoder:
 
     def step(self, cache: RowCache, rows: int, ids: Sequence[int] | Tensor) -> Tensor:
         """Add one token to each of the first rows of a cache; logits (rows, V) fp32 after it. Does not wait."""
-        padded = min(bucket(rows), cache.num_rows)
-        if cache.generation != self._generation:  # its tensors are others than those of the graphs
+        padded, longest = bucket(rows), max(cache.positions[:rows]) + 1
+        span = max(64, 1 << (longest - 1).bit_length())  # a bound of the positions, which the graph relies on
+        if cache.pool.generation != self._generation:  # its tensors are others than those of the graphs
             self._forget_graphs()
-            self._generation = cache.generation
+            self._generation = cache.pool.generation
         with self._on_device:
             self._load(cache, rows, ids, padded)
-            if padded in self._graphs:
-                graph, logits = self._graphs[padded]
+            if (padded, span) in self._graphs:
+                graph, logits = self._graphs[padded, span]
                 graph.replay()
             else:
-                logits = self._forward(cache, padded)
+                logits = self._forward(cache, padded, span)
                 if self._use_graphs:
-                    self._record(cache, padded)
+                    self._record(cache, padded, span)
         cache.positions[:rows] = [position + 1 for position in cache.positions[:rows]]
         return logits[:rows].clone()
 
     def _load(self, cache: RowCache, rows: int, ids: Sequence[int] | Tensor, padded: int) -> None:
-        """Bring ids and positions to where the graph reads them.
+        """Bring ids, positions and tables of pages to where the graph reads them.
 
-        Rows of the padding write a key where their next token will, so nothing that counts is lost.
+        Rows of the padding are at position 0 of page 0, which is nobody's.
         """
-        if len(self._ids) < padded:
-            size = max(cache.max_rows, padded)
-            self._ids, self._positions = self._ids.new_zeros(size), self._positions.new_zeros(size)
-            pinned = self._device.type == "cuda"
-            self._staged = [
-                torch.zeros(2, size, dtype=torch.long, pin_memory=pinned) for _ in range(_IN_FLIGHT)
-            ]
-            self._real = torch.zeros(size, 1, 1, dtype=torch.bool, device=self._device)
-            self._num_real = 0
-            self._forget_graphs()
+        if len(self._ids) < padded or not self._tables:
+            self._allocate(cache, max(bucket(cache.max_rows), padded))
         self._steps += 1
-        staged = self._staged[self._steps % _IN_FLIGHT]
-        present = cache.positions[:padded]
-        staged[0, :padded] = torch.tensor([*present, *[0] * (padded - len(present))])
+        staged, tables = self._staged[self._steps % _IN_FLIGHT]
+        staged[0, :rows], staged[0, rows:padded] = torch.tensor(cache.positions[:rows]), 0
         self._positions[:padded].copy_(staged[0, :padded], non_blocking=True)
         if isinstance(ids, Tensor):
             self._ids[:rows].copy_(ids)
         else:
             staged[1, :rows] = torch.tensor(ids)
             self._ids[:rows].copy_(staged[1, :rows], non_blocking=True)
-        if rows != self._num_real:
-            self._real[:rows], self._real[rows:], self._num_real = True, False, rows
+        if self._loaded == (cache.version, rows):
+            return
+        if self._loaded is None or self._loaded[1] != rows:
+            self._real[:rows], self._real[rows:] = True, False
+        for own, target, table in zip(tables, self._tables, cache.tables, strict=True):
+            own[:rows], own[rows:padded] = torch.from_numpy(table[:rows]), 0
+            target[:padded].copy_(own[:padded], non_blocking=True)
+        self._loaded = cache.version, rows
+
+    def _allocate(self, cache: RowCache, size: int) -> None:
+        def pinned(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, pin_memory=self._device.type == "cuda")
+
+        rings = [table.shape[1] for table in cache.tables]
+        self._ids, self._positions = self._ids.new_zeros(size), self._positions.new_zeros(size)
+        self._real = torch.zeros(size, 1, 1, dtype=torch.bool, device=self._device)
+        self._tables = [self._ids.new_zeros(size, ring, dtype=torch.int32) for ring in rings]
+        self._staged = [
+            (pinned(2, size, dtype=torch.long), [pinned(size, ring, dtype=torch.int32) for ring in rings])
+            for _ in range(_IN_FLIGHT)
+        ]
+        self._loaded = None
+        self._forget_graphs()
 
     def _forget_graphs(self) -> None:
         self._graphs.clear()
         if self._use_graphs:  # a pool ends with its last graph
             self._pool = torch.cuda.graph_pool_handle()
 
-    def _record(self, cache: RowCache, padded: int) -> None:
+    def _record(self, cache: RowCache, padded: int, span: int) -> None:
         """Record a step as a graph. Nothing runs; the step before has compiled and warmed up everything."""
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
-                logits = self._forward(cache, padded)
+                logits = self._forward(cache, padded, span)
             finally:
                 graph.capture_end()
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        self._graphs[padded] = graph, logits
+        self._graphs[padded, span] = graph, logits
 
     # --- the network ---------------------------------------------------------------------------------
 
-    def _forward(self, cache: RowCache, rows: int) -> Tensor:
-        """logits (rows, V) after one more token of each row, the padding among them."""
+    def _forward(self, cache: RowCache, rows: int, span: int) -> Tensor:
+        """logits (rows, V) after one more token of each row, the padding among them; no position reaches span."""
         model, config = self._model, self._model.config
         ids, positions = self._ids[:rows], self._positions[:rows]
         x = F.rms_norm(model.wte.weight[ids].to(model.compute_dtype), (config.n_embd,), eps=NORM_EPS)
@@ -146,7 +162,7 @@ class CudaDecoder:
                 factors = model.resid_lambdas[layer:], model.x0_lambdas[layer:]
                 self._kernels.mix[(-(-x.numel() // 1024),)](x, x0, *factors, mixed, x.numel(), BLOCK=1024)
                 x = mixed
-            x = self._attention(cache, layer, block.attn, x, ids, positions)
+            x = self._attention(cache, layer, block.attn, x, ids, positions, span)
             hidden = self._linear(x, [block.mlp.c_fc], norm=True, square=True)
             x = self._linear(hidden, [block.mlp.c_proj], residual=x)
             middle = x if layer == config.n_layer // 2 else middle
@@ -157,7 +173,14 @@ class CudaDecoder:
         return self._linear(x, [model.lm_head], norm=True, softcap=config.logit_softcap)
 
     def _attention(
-        self, cache: RowCache, layer: int, attn: Attention, x: Tensor, ids: Tensor, positions: Tensor
+        self,
+        cache: RowCache,
+        layer: int,
+        attn: Attention,
+        x: Tensor,
+        ids: Tensor,
+        positions: Tensor,
+        span: int,
     ) -> Tensor:
         model, config = self._model, self._model.config
         rows, heads, kv_heads, dim = len(x), config.n_head, config.n_kv_head, config.head_dim
@@ -165,18 +188,19 @@ class CudaDecoder:
         x_in = F.rms_norm(x, (config.n_embd,), eps=NORM_EPS) if gated else x  # which the gate reads, too
         qkv = self._linear(x_in, [attn.c_q, attn.c_k, attn.c_v], norm=not gated)
         q, k, v = qkv.split([heads * dim, kv_heads * dim, kv_heads * dim], dim=1)
-        keys, values = cache.keys[layer], cache.values[layer]
+        keys, values = cache.pool.keys[layer], cache.pool.values[layer]
+        pages = self._tables[cache.pool.group_of[layer]]
+        slots = pages.size(1) * PAGE
         block = 16 if rows == 1 else 32  # keys at a time
-        parts = 1 + min(max(_PROGRAMS // (rows * heads), 1), -(-keys.size(1) // block), _MAX_PARTS - 1)
+        parts = 1 + min(max(_PROGRAMS // (rows * heads), 1), -(-min(span, slots) // block), _MAX_PARTS - 1)
         sums = x.new_empty(rows * heads * parts, dtype=torch.float32)
         partial = x.new_empty(rows * heads * parts * dim, dtype=torch.float32)
         table, gate = x, x
         if gated:
             table, gate = model.value_embeds[str(layer)].get_parameter("weight"), attn.ve_gate.weight
         self._kernels.attend[rows, heads, parts](
-            q, k, v, keys, values, positions, model.cos, model.sin, ids, table, x_in, gate, sums, partial,
-            qkv.stride(0), keys.stride(0), keys.stride(1), keys.size(1), attn.window, table.stride(0), x_in.stride(0),
-            NORM_EPS, config.qk_scale, config.ve_gate_scale, _largest_score(config), GROUP=heads // kv_heads, DIM=dim,
+            q, k, v, keys, values, pages, positions, model.cos, model.sin, ids, table, x_in, gate, sums, partial,
+            qkv.stride(0), pages.stride(0), keys.stride(1), slots, attn.window, table.stride(0), x_in.stride(0), NORM_EPS, config.qk_scale, config.ve_gate_scale, _largest_score(config), GROUP=heads // kv_heads, DIM=dim,
             GATE=config.ve_gate_channels if gated else 0, BLOCK=block, num_warps=4,
         )  # fmt: skip
         y = torch.empty_like(x)

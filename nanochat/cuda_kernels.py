@@ -60,37 +60,46 @@ def _rotated(x, cos, sin, dim, eps, scale, DIM: tl.constexpr):
 
 
 @triton.jit
-def _tile(cache, begin, end, slots, slot_stride, dim, BLOCK: tl.constexpr):
-    """Keys or values (BLOCK, DIM) of positions from begin to end, zeros behind the end."""
+def _places(pages, begin, end, slots, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+    """Where positions from begin to end of a row are among the slots of all pages (BLOCK,); page 0 behind the end."""
     p = begin + tl.arange(0, BLOCK)
-    return tl.load(
-        cache + (p % slots)[:, None] * slot_stride + dim[None, :], mask=(p < end)[:, None], other=0.0
-    )
+    slot = p % slots
+    return tl.load(pages + slot // PAGE, mask=p < end, other=0).to(tl.int64) * PAGE + slot % PAGE
+
+
+@triton.jit
+def _tile(cache, places, begin, end, slot_stride, dim, BLOCK: tl.constexpr):
+    """Keys or values (BLOCK, DIM) of positions from begin to end, zeros behind the end."""
+    real = begin + tl.arange(0, BLOCK) < end
+    return tl.load(cache + places[:, None] * slot_stride + dim[None, :], mask=real[:, None], other=0.0)
 
 
 @triton.jit
 def attend(
-    q, k, v, keys, values, positions, cos, sin, ids, table, gate_x, gate_w, sums, partial,
-    qkv_stride, row_stride, slot_stride, slots, window, table_stride, gate_x_stride, eps, qk_scale, gate_scale, bound,
-    GROUP: tl.constexpr, DIM: tl.constexpr, GATE: tl.constexpr, BLOCK: tl.constexpr,
+    q, k, v, keys, values, pages, positions, cos, sin, ids, table, gate_x, gate_w, sums, partial,
+    qkv_stride, pages_stride, slot_stride, slots, window, table_stride, gate_x_stride, eps, qk_scale, gate_scale, bound,
+    GROUP: tl.constexpr, DIM: tl.constexpr, GATE: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One query head of one row over one part of the row's keys; program (row, head, part), of two parts or more.
 
-    The last part is the new token's: its key is rotated and normalised here and written to its slot of the ring of
-    `slots`; with GATE > 0 its value gets gate_scale * sigmoid(gate_w x) of the value embedding of its id, x being
+    Position p is in slot p % slots of the row, which is a slot of one of its pages. The last part is the new
+    token's: its key is rotated and normalised here and written to its slot; with GATE > 0 its value gets gate_scale * sigmoid(gate_w x) of the value embedding of its id, x being
     the first GATE numbers of gate_x. The other parts read the older keys. Queries and keys have a fixed norm, so
     that no score exceeds `bound`, no maximum has to be looked for, and parts just add up.
     """
     row, head, part, parts = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     kv_head, position = head // GROUP, tl.load(positions + row).to(tl.int32)
     dim, half = tl.arange(0, DIM), position * (DIM // 2)
-    base = row.to(tl.int64) * row_stride + kv_head * DIM
+    pages += row.to(tl.int64) * pages_stride
+    keys += kv_head * DIM
+    values += kv_head * DIM
     begin = tl.maximum(position - window, 0)
     share = tl.cdiv(tl.cdiv(position - begin, parts - 1), BLOCK) * BLOCK
     begin += part * share
     end = tl.minimum(begin + share, position)
-    k_BD = _tile(keys + base, begin, end, slots, slot_stride, dim, BLOCK)
-    v_BD = _tile(values + base, begin, end, slots, slot_stride, dim, BLOCK)
+    places = _places(pages, begin, end, slots, PAGE, BLOCK)
+    k_BD = _tile(keys, places, begin, end, slot_stride, dim, BLOCK)
+    v_BD = _tile(values, places, begin, end, slot_stride, dim, BLOCK)
     c = tl.load(cos + half + dim % (DIM // 2)).to(tl.float32)
     s = tl.load(sin + half + dim % (DIM // 2)).to(tl.float32)
     s = tl.where(dim < DIM // 2, s, -s)
@@ -100,8 +109,9 @@ def attend(
     q_D = _rotated(q + row * qkv_stride + head * DIM, c, s, dim, eps, q_scale, DIM)
     totals, sums_BD = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK, DIM], tl.float32)
     for start in range(begin, end, BLOCK):
-        next_k = _tile(keys + base, start + BLOCK, end, slots, slot_stride, dim, BLOCK)
-        next_v = _tile(values + base, start + BLOCK, end, slots, slot_stride, dim, BLOCK)
+        places = _places(pages, start + BLOCK, end, slots, PAGE, BLOCK)
+        next_k = _tile(keys, places, start + BLOCK, end, slot_stride, dim, BLOCK)
+        next_v = _tile(values, places, start + BLOCK, end, slot_stride, dim, BLOCK)
         scores = tl.sum(k_BD.to(tl.float32) * q_D[None, :], axis=1)
         weights = tl.where(start + tl.arange(0, BLOCK) < end, tl.exp2(scores - bound), 0.0)
         totals += weights
@@ -121,7 +131,8 @@ def attend(
             value += gate_scale * tl.sigmoid(tl.sum(x_G * w_G, axis=0)) * tl.load(entry).to(tl.float32)
         value = value.to(values.dtype.element_ty)
         if head % GROUP == 0:
-            slot = base + (position % slots) * slot_stride
+            place = position % slots
+            slot = (tl.load(pages + place // PAGE).to(tl.int64) * PAGE + place % PAGE) * slot_stride
             tl.store(keys + slot + dim, key)
             tl.store(values + slot + dim, value)
         weight = tl.exp2(tl.sum(key.to(tl.float32) * q_D, axis=0) - bound)

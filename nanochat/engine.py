@@ -23,6 +23,7 @@ from nanochat.configurator import option, run
 from nanochat.gpt import GPT
 from nanochat.kv_cache import ContextOverflow
 from nanochat.options import STAGES, WhichModel
+from nanochat.page_pool import PagePool
 from nanochat.prefix_store import PrefixStore
 from nanochat.requests import Event, Request, Tool, ToolBox
 from nanochat.sampling import SamplingParams
@@ -59,6 +60,7 @@ class Engine:
 
     tool_format is how the calculator writes numbers. The default "gsm8k" prints 10 for 0.2*50 as the training
     data does; "python" prints 10.0. max_batch is how many requests run at the same time.
+    cache_bytes bounds keys and values, half of them may be remembered beginnings; chunk_tokens bounds what is read at once.
     """
 
     def __init__(
@@ -80,21 +82,23 @@ class Engine:
         self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
         self.toolbox = ToolBox(tokenizer, tools)
         self.cache_bytes, self.chunk_tokens, self.speculate = cache_bytes, chunk_tokens, speculate
-        self.prefixes = PrefixStore()  # of streams and conversations
+        self.prefixes = self._prefix_store()  # of streams and conversations
         self._shared = self._scheduler(max_batch, self.prefixes)
         if speculate and self._shared.run_ahead:
             logging.getLogger(__name__).warning(
                 "speculate=%d is left out: this GPU decodes faster without", speculate
             )
 
-    def _scheduler(self, max_batch: int, prefixes: PrefixStore | None = None) -> Scheduler:
-        limits = (max_batch, self.cache_bytes, self.chunk_tokens)
-        return Scheduler(self.model, self.toolbox, *limits, prefixes, self.speculate)
+    def _prefix_store(self) -> PrefixStore:
+        return PrefixStore(PagePool(self.model, self.cache_bytes, self.chunk_tokens))
+
+    def _scheduler(self, max_batch: int, prefixes: PrefixStore) -> Scheduler:
+        return Scheduler(self.model, self.toolbox, max_batch, prefixes, self.speculate)
 
     @property
     def kv_bytes(self) -> int:
         """Keys and values of the stream's requests and of remembered beginnings."""
-        return self._shared.cache.nbytes + self.prefixes.nbytes
+        return self.prefixes.pool.nbytes
 
     @property
     def attention(self) -> str:
@@ -158,6 +162,15 @@ class Engine:
     def _columns(
         self, scheduler: Scheduler, requests: list[Request], should_stop: Callable[[], bool] | None
     ) -> Iterator[tuple[list[int], list[int]]]:
+        try:
+            yield from self._merged(scheduler, requests, should_stop)
+        finally:  # whoever stops early leaves nothing in the pool
+            for request in requests:
+                scheduler.cancel(request)
+
+    def _merged(
+        self, scheduler: Scheduler, requests: list[Request], should_stop: Callable[[], bool] | None
+    ) -> Iterator[tuple[list[int], list[int]]]:
         pending = {request: deque[tuple[int, int]]() for request in requests}
         ended = (self.toolbox.assistant_end, 0)
         while any(queue or not request.finish_reason for request, queue in pending.items()):
@@ -207,7 +220,7 @@ class Engine:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"{len(each)} sampling parameters for {len(prompts)} prompts")
-        scheduler = self._scheduler(self.max_batch)
+        scheduler = self._scheduler(self.max_batch, self._prefix_store())
         requests: dict[int, Request] = {}
         for i in sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), tuple(prompts[i]))):
             requests[i] = scheduler.submit(prompts[i], each[i], stream=i if shared else 0)

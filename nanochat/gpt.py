@@ -99,15 +99,15 @@ class Attention(nn.Module):
         q, k = (norm(rotate(h, context.cos, context.sin)) for h in (q, k))
         if self.qk_scale != 1:
             q, k = q * self.qk_scale, k * self.qk_scale
-        chunk, keys, values = context.chunk, k, v
-        if context.cache is not None and chunk is not None:
-            keys, values = context.cache.insert(self.layer, chunk, k, v)
+        cache, chunk = context.cache, context.chunk
+        if cache is not None and chunk is not None:
+            cache.insert(self.layer, chunk, k, v)
         # What starts a cache is a sequence like any other: its padding is at the end, where no real position sees it.
         # Not so on a GPU, where trying the kernels of training would delay the first answer.
-        if chunk is None or (q.device.type == "cpu" and not any(chunk.start)):
+        if cache is None or chunk is None or (q.device.type == "cpu" and not any(chunk.start)):
             y = causal_attention(q, k, v, self.window)
         else:
-            y = cached_attention(q, keys, values, chunk.mask(self.window))
+            y = cached_attention(q, *cache.visible(self.layer, chunk), chunk.mask(self.window))
         return self.c_proj(y.reshape(B, T, C))
 
 

@@ -1,7 +1,7 @@
 """Keys and values of past positions, one row per sequence; rows may stand at different positions.
 
 L layers, B rows, T slots, H key/value heads, D head size. Here are the plain cache and what every cache has;
-the engine's, which grows, is shared by many requests and forgets what windows hide, is in row_cache.py.
+the engine's, which many requests share and which forgets what windows hide, is in row_cache.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class ContextOverflow(ValueError):
 class Chunk:
     """What one forward pass adds to the cache: T new positions per row, of which `lengths` are real.
 
-    rings: window -> slots of the layers that have this window, where they are fewer than the positions:
+    rings: window -> slots of the layers that have this window, where they may be fewer than the positions:
     position p is in slot p % ring. A ring is longer than its window and a chunk together, so that a chunk,
     its padding included, never overwrites what its own queries see.
     Index tensors and masks are the same for all layers of a window, so they are made once here.
@@ -33,7 +33,6 @@ class Chunk:
     device: torch.device
     rings: Mapping[int, int] = field(default_factory=dict)
     _masks: dict[int, torch.Tensor | None] = field(default_factory=dict)
-    _slots: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -53,13 +52,6 @@ class Chunk:
     def num_slots(self, window: int) -> int:
         """Slots that hold keys after this chunk, in layers of a window."""
         return min(self.total, self.rings.get(window, self.total))
-
-    def slots(self, window: int) -> torch.Tensor:
-        """(B or 1, T) slot of each new token, in layers of a window."""
-        ring = self.rings.get(window, self.total)
-        if ring not in self._slots:
-            self._slots[ring] = self.positions() % ring
-        return self._slots[ring]
 
     def mask(self, window: int) -> torch.Tensor | None:
         """(B or 1, 1, T, slots) booleans of the keys that each query sees; None if it sees all of them."""
@@ -96,9 +88,9 @@ class Cache(Protocol):
 
     def begin(self, width: int, lengths: Sequence[int] | None = None) -> Chunk: ...
 
-    def insert(
-        self, layer: int, chunk: Chunk, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def insert(self, layer: int, chunk: Chunk, k: torch.Tensor, v: torch.Tensor) -> None: ...
+
+    def visible(self, layer: int, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     def advance(self, lengths: int | Sequence[int]) -> None: ...
 
@@ -168,10 +160,8 @@ class KVCache:
         self.ensure(width)
         return Chunk(list(self.positions), real_lengths(self.batch_size, width, lengths), width, self.device)
 
-    def insert(
-        self, layer: int, chunk: Chunk, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write a chunk's k, v (B, T, H, D); return all keys and values (B, total, H, D) that may be seen.
+    def insert(self, layer: int, chunk: Chunk, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write a chunk's k, v (B, T, H, D).
 
         Padding is written too: it lies behind the row's position, is masked, and is overwritten later.
         """
@@ -180,8 +170,12 @@ class KVCache:
             span = slice(chunk.start[0], chunk.total)
             k_cache[:, span], v_cache[:, span] = k, v
         else:
-            rows, slots = torch.arange(self.batch_size, device=self.device)[:, None], chunk.slots(-1)
+            rows, slots = torch.arange(self.batch_size, device=self.device)[:, None], chunk.positions()
             k_cache[rows, slots], v_cache[rows, slots] = k.to(k_cache.dtype), v.to(v_cache.dtype)
+
+    def visible(self, layer: int, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values (B, total, H, D) that may be seen after a chunk."""
+        k_cache, v_cache = self.get_layer_cache(layer)
         return k_cache[:, : chunk.total], v_cache[:, : chunk.total]
 
     def advance(self, lengths: int | Sequence[int]) -> None:

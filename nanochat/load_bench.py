@@ -74,7 +74,7 @@ def make_clients(
 
 def serve(engine: Engine, clients: list[Client], at_once: int) -> dict[str, float | int]:
     """Serve the clients, at most `at_once` of them together, and say how it went. Their times are filled in."""
-    engine.prefixes.shrink(0)
+    engine.prefixes.clear()
     for client in clients:
         client.token_times.clear()
     coming, owners, steps = clients[::-1], dict[Request, Client](), list[float]()

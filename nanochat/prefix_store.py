@@ -1,7 +1,8 @@
 """Keys and values of token sequences that were read before, in blocks, for requests that begin alike.
 
-A block is named by a digest of all tokens up to its end, so that a name stands for one prefix only. The next
-turn of a chat, the samples of one question and prompts with the same examples meet here.
+A block is the pages of PAGE tokens, one of each group of layers. It is named by a digest of all tokens up to its end,
+so that a name stands for one prefix only. The next turn of a chat, the samples of one question and prompts with the
+same examples meet here.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
-import torch
+import numpy as np
 from torch import nn
+
+from nanochat.page_pool import PagePool
 
 
 def block_names(tokens: Sequence[int], size: int, parent: bytes = b"") -> Iterator[bytes]:
@@ -32,13 +35,17 @@ def weights_version(model: object) -> int:
 
 
 class PrefixStore:
-    """Blocks (2 L, positions, H, D) by name; those that were used longest ago are forgotten first."""
+    """Blocks by name, each the number of a page in every group of the pool.
 
-    def __init__(self) -> None:
-        self.nbytes = 0
+    At most half of the pool's bytes are kept; blocks that were used longest ago are forgotten first.
+    """
+
+    def __init__(self, pool: PagePool) -> None:
+        self.pool = pool
         self.tokens_reused = 0
-        self._blocks: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._blocks: OrderedDict[bytes, list[int]] = OrderedDict()
         self._version = 0
+        pool.register(self)
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -49,10 +56,10 @@ class PrefixStore:
     def validate(self, version: int) -> None:
         """Forget everything if the weights are no longer those that computed it."""
         if version != self._version:
-            self.shrink(0)
+            self.clear()
             self._version = version
 
-    def match(self, names: Sequence[bytes]) -> list[torch.Tensor]:
+    def match(self, names: Sequence[bytes]) -> list[list[int]]:
         """The blocks of the longest known prefix of names."""
         found = []
         for name in names:
@@ -63,17 +70,37 @@ class PrefixStore:
             self._blocks.move_to_end(name)
         return found
 
-    def add(self, name: bytes, block: torch.Tensor, max_bytes: int) -> None:
-        """Keep a block, and forget others until all take at most max_bytes."""
-        size = block.numel() * block.element_size()
-        if size > max_bytes or name in self._blocks:
-            return
-        self.shrink(max_bytes - size)
+    def add(self, name: bytes, block: list[int]) -> None:
+        """Keep a block, whose pages the caller has taken or holds and hands over."""
+        assert name not in self._blocks
         self._blocks[name] = block
-        self.nbytes += size
+        while len(self._blocks) * self.pool.block_bytes > self.pool.max_bytes // 2:
+            self._forget_oldest()
 
-    def shrink(self, max_bytes: int) -> None:
-        """Forget the blocks used longest ago until the rest take at most max_bytes."""
-        while self.nbytes > max_bytes:
-            _, block = self._blocks.popitem(last=False)
-            self.nbytes -= block.numel() * block.element_size()
+    def make_room(self, wanted: Sequence[int], keep: int = 0) -> bool:
+        """Forget blocks, but not those that `match` has just found, until so many pages of each group are free.
+
+        keep: how many these are. False if there is no room even so.
+        """
+        while not self.pool.fits(wanted):
+            if len(self._blocks) <= keep:
+                return False
+            self._forget_oldest()
+        self.pool.ensure(wanted)
+        return True
+
+    def _forget_oldest(self) -> None:
+        _, block = self._blocks.popitem(last=False)
+        for group, page in zip(self.pool.groups, block, strict=True):
+            group.release([page])
+
+    def clear(self) -> None:
+        """Forget everything."""
+        while self._blocks:
+            self._forget_oldest()
+        self.pool.shrink()
+
+    def renumber(self, group: int, numbers: np.ndarray) -> None:
+        """Follow pages that were moved."""
+        for block in self._blocks.values():
+            block[group] = int(numbers[block[group]])

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from nanochat.answer_parts import PartsDecoder
+from nanochat.page_pool import PAGE
 from nanochat.prefix_store import block_names
-from nanochat.row_cache import BLOCK
 from nanochat.sampling import SamplingBatch, SamplingParams, sample, uniforms
 from nanochat.tokenizer_base import Tokenizer
 
@@ -74,8 +74,8 @@ class Request:
         """Names of the first `count` blocks of its tokens."""
         known = len(self._names)
         if count > known:
-            fresh = self.span(known * BLOCK, count * BLOCK)
-            self._names += block_names(fresh, BLOCK, self._names[-1] if known else b"")
+            fresh = self.span(known * PAGE, count * PAGE)
+            self._names += block_names(fresh, PAGE, self._names[-1] if known else b"")
         return self._names[:count]
 
 

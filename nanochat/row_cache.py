@@ -1,94 +1,47 @@
-"""The engine's keys and values: rows of running requests that come, grow, move and go within a memory budget.
+"""The engine's keys and values: rows of running requests that come, grow, move and go.
 
-Every layer has its own tensors, so that a layer with a sliding window keeps a ring of slots that is little
-longer than its window, and so that growing needs only one layer's memory twice. What a row holds can be taken
-out and put back in blocks, which is how prefixes are reused. B rows, T slots, H key/value heads, D head size,
-L layers.
+A row is a line of a table of pages (page_pool.py) for each group of layers, and a position. Moving it moves these
+numbers only; rows that begin alike share pages where no window lets them be overwritten. B rows, T slots, H key/value heads,
+D head size, L layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
+import numpy as np
 import torch
 
 from nanochat.cpu_decode import CpuDecoder
 from nanochat.cuda_decode import CudaDecoder
 from nanochat.flash_attention import describe_backend
-from nanochat.kv_cache import Cache, Chunk, real_lengths
-from nanochat.machine import total_ram
-from nanochat.network_config import GPTConfig
+from nanochat.kv_cache import Chunk, real_lengths
+from nanochat.page_pool import PAGE, CachedModel, PagePool
 
-BLOCK = 32  # positions per block of a reusable prefix
-SLOT_STEP = 64  # lengths are multiples of this, so that growing is rare
-
-
-class CachedModel(Protocol):
-    """The part of GPT that generation uses."""
-
-    config: GPTConfig
-    compute_dtype: torch.dtype
-
-    def get_device(self) -> torch.device: ...
-
-    def embed(self, idx: torch.Tensor) -> torch.Tensor: ...
-
-    def forward(
-        self,
-        idx: torch.Tensor,
-        *,
-        kv_cache: Cache | None = None,
-        lengths: Sequence[int] | None = None,
-        last_only: bool = False,
-    ) -> torch.Tensor: ...
-
-
-def round_up(count: int, step: int) -> int:
-    """The smallest multiple of step that is not below count."""
-    return -(-count // step) * step
-
-
-def default_cache_bytes(device: torch.device) -> int:
-    """Memory for keys and values: on a GPU 80 % of what is free, elsewhere a quarter of the machine's or container's."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(0.8 * (torch.cuda.mem_get_info(device)[0] + cached))
-    return total_ram() // 4
+_MOST_PADDING = 32  # rows more that a decoder may step, see cuda_decode.bucket
 
 
 class RowCache:
     """Rows 0, 1, ... are in use; `positions` says how many tokens each of them holds.
 
-    max_width is the widest chunk that a forward pass may add to a row.
+    `tables[group]` (max_rows, pages) int32 are the pages of each row, 0 where it has none. version counts their changes.
     """
 
-    def __init__(self, model: CachedModel, max_rows: int, max_width: int) -> None:
+    def __init__(self, model: CachedModel, max_rows: int, pool: PagePool) -> None:
         config = model.config
-        self.model, self.max_rows = model, max_rows
+        self.model, self.max_rows, self.pool = model, max_rows, pool
         self.windows = config.window_sizes
-        # A block more than window and chunk, so that a chunk's padding spares the block before it.
-        self.rings = {
-            window: round_up(window + max_width + BLOCK, SLOT_STEP)
-            for window in self.windows
-            if window < config.sequence_len
-        }
-        self.device, self.dtype = model.get_device(), model.compute_dtype
+        self.device, self.dtype = pool.device, pool.dtype
         self.positions: list[int] = []
-        self.num_rows = self.num_slots = 0  # what there is room for
-        self._heads = (config.n_kv_head, config.head_dim)
-        self.keys = [self._empty(0, 0) for _ in self.windows]
-        self.values = [self._empty(0, 0) for _ in self.windows]
-        self.previous = self._zeros(0, 1, config.n_embd) if config.use_smear else None
-        self.generation = 0  # counts how often the tensors have been replaced
+        self.tables = [np.zeros((max_rows, group.ring), np.int32) for group in pool.groups]
+        self._held = [np.zeros(max_rows, np.int64) for _ in pool.groups]  # pages of each row
+        self.version = 0
+        self.previous = None
+        if config.use_smear:
+            shape = (max_rows + _MOST_PADDING, 1, config.n_embd)
+            self.previous = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self._decoder = CpuDecoder.of(model) or CudaDecoder.of(model)
-
-    def _zeros(self, *shape: int) -> torch.Tensor:
-        # Not uninitialised: a NaN in a hidden slot would survive its weight of zero.
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
-
-    def _empty(self, rows: int, slots: int) -> torch.Tensor:
-        return self._zeros(rows, slots, *self._heads)
+        pool.register(self)
 
     @property
     def can_run_ahead(self) -> bool:
@@ -110,130 +63,140 @@ class RowCache:
         decoding = "torch SDPA" if self._decoder is None else "our Triton kernel"
         return f"prompts: {prompts}; decoding: {decoding}"
 
-    # --- memory --------------------------------------------------------------------------------------
+    # --- pages ---------------------------------------------------------------------------------------
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that keys and values take now."""
-        return self.bytes_for(self.num_rows, self.num_slots)
+    def missing(self, tokens: Sequence[int]) -> list[int]:
+        """Pages of each group that the first rows lack to hold so many tokens each; rows that have not begun lack all."""
+        counts = np.array(tokens, np.int64)
+        return [
+            int((group.pages_for(counts) - held[: len(counts)]).clip(0).sum())
+            for group, held in zip(self.pool.groups, self._held, strict=True)
+        ]
 
-    def bytes_for(self, rows: int, tokens: int) -> int:
-        """Bytes of keys and values for rows of a number of tokens."""
-        slots = sum(self._layer_slots(window, round_up(tokens, SLOT_STEP)) for window in self.windows)
-        heads, head_dim = self._heads
-        return 2 * rows * slots * heads * head_dim * self.dtype.itemsize
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Give the first rows the pages to hold so many tokens each. The pool must have them free."""
+        counts = np.array(tokens, np.int64)
+        for group, table, held in zip(self.pool.groups, self.tables, self._held, strict=True):
+            wanted = group.pages_for(counts)
+            for row in np.flatnonzero(wanted > held[: len(counts)]):
+                table[row, held[row] : wanted[row]] = group.take(int(wanted[row] - held[row]))
+                held[row] = wanted[row]
+                self.version += 1
 
-    def _layer_slots(self, window: int, slots: int) -> int:
-        return min(slots, self.rings.get(window, slots))
-
-    def reserve(self, rows: int, tokens: int, max_bytes: int) -> None:
-        """Make room for rows of a number of tokens, with room to grow where max_bytes allow it."""
-        tokens = round_up(tokens, SLOT_STEP)
-        if rows <= self.num_rows and tokens <= self.num_slots and self.nbytes <= max_bytes:
-            return
-        more_rows = rows if rows <= self.num_rows else max(rows, min(2 * self.num_rows, self.max_rows))
-        more_slots = tokens if tokens <= self.num_slots else max(tokens, 2 * self.num_slots)
-        more_rows, more_slots = max(more_rows, self.num_rows), max(more_slots, self.num_slots)
-        for shape in ((more_rows, more_slots), (rows, more_slots), (more_rows, tokens)):
-            if self.bytes_for(*shape) <= max_bytes:
-                return self._resize(*shape)
-        self._resize(rows, tokens)
-
-    def shrink(self) -> None:
-        """Give back the memory of rows that have gone, unless they may soon be wanted again."""
-        if not self.positions:
-            self._resize(0, 0)
-        elif 4 * len(self.positions) <= self.num_rows:
-            self._resize(2 * len(self.positions), self.num_slots)
-
-    def _resize(self, rows: int, slots: int) -> None:
-        used = len(self.positions)
-        if (rows, slots) == (self.num_rows, self.num_slots):
-            return
-        for tensors in (self.keys, self.values):
-            for layer, window in enumerate(self.windows):
-                new = self._empty(rows, self._layer_slots(window, slots))
-                kept = min(new.size(1), tensors[layer].size(1))
-                new[:used, :kept] = tensors[layer][:used, :kept]
-                tensors[layer] = new
-        if self.previous is not None:
-            new = self._zeros(rows, 1, self.previous.size(2))
-            new[:used] = self.previous[:used]
-            self.previous = new
-        self.num_rows, self.num_slots = rows, slots
-        self.generation += 1
+    def renumber(self, group: int, numbers: np.ndarray) -> None:
+        """Follow pages that were moved."""
+        rows = slice(len(self.positions))
+        self.tables[group][rows] = numbers[self.tables[group][rows]]
+        self.version += 1
 
     # --- rows ----------------------------------------------------------------------------------------
 
     def add_row(self) -> int:
-        """Begin an empty row in reserved room; its number."""
+        """Begin an empty row; its number."""
         row = len(self.positions)
         self.positions.append(0)
         if self.previous is not None:
             self.previous[row] = 0
         return row
 
-    def copy_row(self, source: int) -> int:
-        """Begin a row that equals another one; its number."""
-        row = self.add_row()
-        self._assign(row, source)
-        return row
-
     def remove_row(self, row: int) -> None:
         """End a row; the last one takes its place."""
         last = len(self.positions) - 1
-        if row != last:
-            self._assign(row, last)
+        for group, table, held in zip(self.pool.groups, self.tables, self._held, strict=True):
+            group.release(table[row, : held[row]])
+            table[row], held[row] = table[last], held[last]
+            table[last], held[last] = 0, 0
+        self._keep_previous(row, last)
+        self.positions[row] = self.positions[last]
         self.positions.pop()
+        self.version += 1
 
     def swap_rows(self, a: int, b: int) -> None:
         """Exchange what two rows hold."""
-        filled = max(self.positions[a], self.positions[b])
-        for tensor in (*self.keys, *self.values):
-            tensor[[a, b], :filled] = tensor[[b, a], :filled]
+        for table, held in zip(self.tables, self._held, strict=True):
+            table[[a, b]], held[[a, b]] = table[[b, a]], held[[b, a]]
         if self.previous is not None:
             self.previous[[a, b]] = self.previous[[b, a]]
         self.positions[a], self.positions[b] = self.positions[b], self.positions[a]
+        self.version += 1
 
-    def _assign(self, row: int, source: int) -> None:
-        filled = self.positions[source]
-        for tensor in (*self.keys, *self.values):
-            tensor[row, :filled] = tensor[source, :filled]
-        if self.previous is not None:
+    def copies(self, source: int) -> list[int]:
+        """Pages of each group that a copy of a row needs for itself."""
+        return [
+            self._filled(number, source) - self._shared(number, source) for number in range(len(self.tables))
+        ]
+
+    def copy_row(self, source: int) -> int:
+        """Begin a row that equals another one, with free pages where it cannot share them; its number."""
+        row = self.add_row()
+        for number, (group, table, held) in enumerate(
+            zip(self.pool.groups, self.tables, self._held, strict=True)
+        ):
+            filled, shared = self._filled(number, source), self._shared(number, source)
+            group.hold(table[source, :shared])
+            own = group.take(filled - shared)
+            self.pool.copy(number, table[source, shared:filled], own)
+            table[row, :shared], table[row, shared:filled] = table[source, :shared], own
+            held[row] = filled
+        self._keep_previous(row, source)
+        self.positions[row] = self.positions[source]
+        self.version += 1
+        return row
+
+    def _filled(self, number: int, row: int) -> int:
+        return int(self.pool.groups[number].pages_for(np.array(self.positions[row])))
+
+    def _shared(self, number: int, row: int) -> int:
+        """The first pages of a row that nobody will write to any more."""
+        return 0 if self.pool.groups[number].wraps else self.positions[row] // PAGE
+
+    def _keep_previous(self, row: int, source: int) -> None:
+        if self.previous is not None and row != source:
             self.previous[row] = self.previous[source]
-        self.positions[row] = filled
 
     # --- blocks --------------------------------------------------------------------------------------
 
     @property
-    def block_bytes(self) -> int:
-        """Size of one block."""
-        heads, head_dim = self._heads
-        return 2 * len(self.windows) * BLOCK * heads * head_dim * self.dtype.itemsize
+    def block_copies(self) -> list[int]:
+        """Pages of each group that a block needs besides those of its row."""
+        return [int(group.wraps) for group in self.pool.groups]
 
-    def block(self, row: int, index: int) -> torch.Tensor:
-        """Copy of positions index * BLOCK to (index + 1) * BLOCK of a row: (2 L, BLOCK, H, D).
+    def block(self, row: int, index: int) -> list[int]:
+        """Positions index * PAGE to (index + 1) * PAGE of a row: a page of each group, held once more or a copy.
 
-        The row must hold them and not have gone more than a chunk beyond them.
+        The row must hold them and not have gone more than a chunk beyond them; copies are of free pages.
         """
-        parts = []
-        for tensor, window in zip((*self.keys, *self.values), 2 * self.windows, strict=True):
-            slot = index * BLOCK % self.rings.get(window, self.num_slots)
-            parts.append(tensor[row, slot : slot + BLOCK])
-        return torch.stack(parts)
+        pages = []
+        for number, (group, table) in enumerate(zip(self.pool.groups, self.tables, strict=True)):
+            page = table[row, index % group.ring : index % group.ring + 1]
+            if group.wraps:
+                copy = group.take(1)
+                self.pool.copy(number, page, copy)
+                page = copy
+            else:
+                group.hold(page)
+            pages.append(int(page[0]))
+        return pages
 
-    def load(self, row: int, blocks: Sequence[torch.Tensor], last_token: int) -> None:
-        """Fill an empty row with the blocks of a prefix that ends with last_token."""
-        tokens = len(blocks) * BLOCK
-        whole = torch.cat(list(blocks), dim=1)
-        for part, tensor, window in zip(whole, (*self.keys, *self.values), 2 * self.windows, strict=True):
-            ring = self.rings.get(window, self.num_slots)
-            first = max(0, tokens - ring)
-            slots = torch.arange(first, tokens, device=self.device) % ring
-            tensor[row, slots] = part[first:]
+    def load(self, row: int, blocks: Sequence[list[int]], last_token: int) -> None:
+        """Fill an empty row with the blocks of a prefix that ends with last_token; `missing` says what must be free."""
+        for number, (group, table, held) in enumerate(
+            zip(self.pool.groups, self.tables, self._held, strict=True)
+        ):
+            first = max(0, len(blocks) - group.ring)
+            pages = np.array([block[number] for block in blocks[first:]], np.int32)
+            if group.wraps:
+                own = group.take(len(pages))
+                self.pool.copy(number, pages, own)
+                pages = own
+            else:
+                group.hold(pages)
+            table[row, np.arange(first, len(blocks)) % group.ring] = pages
+            held[row] = len(pages)
         if self.previous is not None:
             self.previous[row] = self.model.embed(torch.tensor([[last_token]], device=self.device))[0]
-        self.positions[row] = tokens
+        self.positions[row] = len(blocks) * PAGE
+        self.version += 1
 
     # --- forward -------------------------------------------------------------------------------------
 
@@ -283,37 +246,54 @@ class RowSpan:
         self.cache, self.first, self.last = cache, first, last
         self.positions = cache.positions[first:last]
         self.prev_embedding = None if cache.previous is None else cache.previous[first:last]
-
-    def get_layer_cache(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views (B, T, H, D) of one layer's keys and values."""
-        span = slice(self.first, self.last)
-        return self.cache.keys[layer][span], self.cache.values[layer][span]
+        self._slots: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of each group
+        self._pages: dict[int, torch.Tensor] = {}
 
     def begin(self, width: int, lengths: Sequence[int] | None = None) -> Chunk:
         """Describe a chunk of `width` new tokens per row of which `lengths` (default all) are real."""
         real = real_lengths(len(self.positions), width, lengths)
-        chunk = Chunk(list(self.positions), real, width, self.cache.device, self.cache.rings)
-        assert chunk.total <= self.cache.num_slots, (chunk.total, self.cache.num_slots)
-        return chunk
+        return Chunk(list(self.positions), real, width, self.cache.device, self.cache.pool.rings)
 
-    def insert(
-        self, layer: int, chunk: Chunk, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write a chunk's k, v (B, T, H, D); return the slots (B, slots, H, D) that may be seen.
+    def insert(self, layer: int, chunk: Chunk, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write a chunk's k, v (B, T, H, D).
 
-        Padding is written too: it lies behind the row's position, is masked, and is overwritten later.
+        Padding is written too: it lies behind the row's position, on page 0 where the row ends there, is masked, and is
+        overwritten later.
         """
-        keys, values = self.get_layer_cache(layer)
-        window = self.cache.windows[layer]
-        visible = chunk.num_slots(window)
-        start = chunk.start[0] % self.cache.rings.get(window, chunk.total)
-        if chunk.is_uniform and start + chunk.width <= visible:
-            keys[:, start : start + chunk.width], values[:, start : start + chunk.width] = k, v
-        else:
-            rows = torch.arange(len(self.positions), device=k.device)[:, None]
-            slots = chunk.slots(window)
-            keys[rows, slots], values[rows, slots] = k.to(keys.dtype), v.to(values.dtype)
-        return keys[:, :visible], values[:, :visible]
+        pool = self.cache.pool
+        number = pool.group_of[layer]
+        if number not in self._slots:
+            self._slots[number] = self._find(number, chunk)
+        pages, slots = self._slots[number]
+        pool.keys[layer][pages, slots] = k.to(pool.dtype)
+        pool.values[layer][pages, slots] = v.to(pool.dtype)
+
+    def _find(self, number: int, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
+        """Page and slot in it of each new token, (B, T) each."""
+        table = self.cache.tables[number][self.first : self.last]
+        positions = np.array(chunk.start)[:, None] + np.arange(chunk.width)
+        pages = np.take_along_axis(table, positions // PAGE % table.shape[1], 1)
+        return self._index(pages), self._index(positions % PAGE)
+
+    def visible(self, layer: int, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values (B, slots, H, D) that may be seen after a chunk; a view where one row's pages adjoin."""
+        pool = self.cache.pool
+        number, slots = pool.group_of[layer], chunk.num_slots(self.cache.windows[layer])
+        pages = self.cache.tables[number][self.first : self.last, : -(-slots // PAGE)]
+        if len(pages) == 1 and (np.diff(pages[0]) == 1).all():
+            run = slice(int(pages[0, 0]), int(pages[0, -1]) + 1)
+            return pool.keys[layer][run].flatten(0, 1)[None, :slots], pool.values[layer][run].flatten(0, 1)[
+                None, :slots
+            ]
+        if number not in self._pages:
+            self._pages[number] = self._index(pages)
+        index = self._pages[number]
+        return pool.keys[layer][index].flatten(1, 2)[:, :slots], pool.values[layer][index].flatten(1, 2)[
+            :, :slots
+        ]
+
+    def _index(self, numbers: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(numbers.astype(np.int64)).to(self.cache.device)
 
     def advance(self, lengths: int | Sequence[int]) -> None:
         """Move every row forward by a common or by its own number of positions."""

@@ -2,9 +2,9 @@
 
 Running requests are the rows of one cache. A row is ready when all its tokens but the last are cached; ready
 rows come first, and take one step together. The others read their prompts, a chunk per step, so that nobody
-waits long for a newcomer. Memory is bounded: when the rows outgrow it, the youngest request loses its row and
-goes back to the front of the line, with all its tokens; it reads them again later. What was read stays in the
-prefix store as long as there is room, so that equal beginnings are read once. Equal prompts that wait
+waits long for a newcomer. A row has pages for the tokens it has; when the pool has none left, the youngest request
+loses its row and goes back to the front of the line, with all its tokens; it reads them again later. What was read
+stays in the prefix store as long as there is room, so that equal beginnings are read once. Equal prompts that wait
 together are read once as a whole, and the row is copied.
 A row can call a tool; what the tool answers is forced upon it, token by token, with mask 0. While a slow tool
 works, its row stands still behind the others.
@@ -26,9 +26,10 @@ import torch
 from nanochat.answer_parts import PartsDecoder
 from nanochat.common import ROTARY_FACTOR
 from nanochat.kv_cache import ContextOverflow
+from nanochat.page_pool import PAGE, CachedModel
 from nanochat.prefix_store import PrefixStore, weights_version
 from nanochat.requests import Event, Request, Sampler, ToolBox
-from nanochat.row_cache import BLOCK, CachedModel, RowCache, default_cache_bytes
+from nanochat.row_cache import RowCache
 from nanochat.sampling import (
     SamplingBatch,
     SamplingParams,
@@ -41,8 +42,6 @@ from nanochat.sampling import (
 from nanochat.speculation import guess
 
 PREFILL_TOKENS = 4096  # padded prompt tokens per step; on a processor only while no row is ready
-# Widest chunk. On a processor also the prompt tokens per step while rows are ready: what a stream waits for a newcomer.
-CHUNK_TOKENS, CPU_CHUNK_TOKENS = 512, 128
 LOOK_AHEAD = 256  # waiting requests that are considered in one step
 TOOL_WAIT_S = 0.05  # how long a step may wait for tools when there is nothing else to do
 
@@ -50,28 +49,20 @@ TOOL_WAIT_S = 0.05  # how long a step may wait for tools when there is nothing e
 class Scheduler:
     """Waiting and running requests over one cache. Not thread-safe: one thread submits, steps and cancels.
 
-    max_bytes bounds the keys and values of the rows and of the prefix store together; half of it may be the
-    store's. chunk_tokens bounds a prefill chunk. Defaults suit the device. speculate: tokens that are guessed
-    ahead while a single request runs, see speculation.py; not where steps run ahead, whose decoder is faster than that.
+    Rows and remembered beginnings share the memory of the store's pool, and so may several schedulers. speculate: tokens
+    that are guessed ahead while a single request runs, see speculation.py; not where steps run ahead, whose decoder is
+    faster than that.
     """
 
     def __init__(
-        self,
-        model: CachedModel,
-        toolbox: ToolBox,
-        max_batch: int,
-        max_bytes: int | None = None,
-        chunk_tokens: int | None = None,
-        prefixes: PrefixStore | None = None,
-        speculate: int = 0,
+        self, model: CachedModel, toolbox: ToolBox, max_batch: int, prefixes: PrefixStore, speculate: int = 0
     ) -> None:
-        device = model.get_device()
-        self.model, self.toolbox, self.max_batch = model, toolbox, max_batch
-        self.max_bytes = default_cache_bytes(device) if max_bytes is None else max_bytes
-        self.chunk_tokens = chunk_tokens or (CPU_CHUNK_TOKENS if device.type == "cpu" else CHUNK_TOKENS)
-        self._busy_budget = PREFILL_TOKENS if device.type == "cuda" else self.chunk_tokens
-        self.prefixes = PrefixStore() if prefixes is None else prefixes
-        self.cache = RowCache(model, max_batch, self.chunk_tokens)
+        self.model, self.toolbox, self.max_batch, self.prefixes = model, toolbox, max_batch, prefixes
+        self.pool = prefixes.pool
+        self.chunk_tokens = self.pool.max_width
+        # On a processor what a stream waits for a newcomer is no more than a chunk.
+        self._busy_budget = PREFILL_TOKENS if self.pool.device.type == "cuda" else self.chunk_tokens
+        self.cache = RowCache(model, max_batch, self.pool)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # the i-th has row i
         self.num_preemptions = self.num_guessed = self.num_right = 0
@@ -118,11 +109,11 @@ class Scheduler:
             raise ContextOverflow(f"the prompt has {len(prompt)} tokens, the model's positions end at {hard}")
         room = max(0, (hard if params.extend_context else config.sequence_len) - len(prompt))
         limit = room if params.max_tokens is None else min(room, params.max_tokens)
-        needed = self.cache.bytes_for(1, len(prompt) + limit)
-        if limit and needed > self.max_bytes:
+        needed = self.pool.bytes_for(len(prompt) + limit)
+        if limit and needed > self.pool.max_bytes:
             raise ContextOverflow(
                 f"{len(prompt)} prompt and {limit} new tokens need {needed / 1e6:.1f} MB of key/value cache, "
-                f"which may take {self.max_bytes / 1e6:.1f} MB; ask for fewer tokens or allow more memory"
+                f"which may take {self.pool.max_bytes / 1e6:.1f} MB; ask for fewer tokens or allow more memory"
             )
         return limit
 
@@ -185,21 +176,17 @@ class Scheduler:
             request.finish_reason = "length"
         return [Event(request, None, finish_reason="length") for request in refused]
 
-    def _reserve(self, rows: int, tokens: int) -> bool:
-        """Make room for rows of a number of tokens, if need be in place of prefixes; False if there is none."""
-        needed = self.cache.bytes_for(rows, tokens)
-        if needed > self.max_bytes:
+    def _reserve(self, more: int = 0) -> bool:
+        """Give all rows pages for their tokens and some more, if need be in place of prefixes; False if there is no room."""
+        tokens = [request.num_tokens + more for request in self.running]
+        if not self.prefixes.make_room(self.cache.missing(tokens)):
             return False
-        self.prefixes.shrink(self.max_bytes - needed)
-        self.cache.reserve(rows, tokens, self.max_bytes - self.prefixes.nbytes)
+        self.cache.extend(tokens)
         return True
-
-    def _longest(self, *others: Request) -> int:
-        return max((request.num_tokens for request in (*self.running, *others)), default=0)
 
     def _make_room(self) -> None:
         """Grow the running rows; where memory ends, the youngest give up theirs."""
-        while self.running and not self._reserve(len(self.running), self._longest()):
+        while self.running and not self._reserve():
             row = max(range(len(self.running)), key=lambda i: self.running[i].order)
             request = self.running[row]
             request.preemptions += 1
@@ -219,16 +206,17 @@ class Scheduler:
             tokens = request.num_tokens
             if request.pending is not None:
                 continue
-            names = request.block_names((tokens - 1) // BLOCK)
+            names = request.block_names((tokens - 1) // PAGE)
             known = self.prefixes.match(names)
             if tuple(request.span(0, tokens)) in whole or (
                 len(known) < len(names) and names[len(known)] in coming
             ):
                 continue
-            if not self._reserve(len(self.running) + 1, self._longest(request)):
+            if not self._begin(request, known):
+                if not self.running:  # each alone has room, see _limit
+                    raise ContextOverflow("other generations of this engine have taken its key/value cache")
                 return
             self.waiting.remove(request)
-            self._begin(request, known)
             coming |= set(names[len(known) :])
             whole.add(tuple(request.span(0, tokens)))
 
@@ -238,22 +226,34 @@ class Scheduler:
         whole = set()
         for request, position in zip(self.running, self.cache.positions, strict=True):
             if (tokens := request.num_tokens) - position > 1:
-                coming.update(request.block_names(tokens // BLOCK)[position // BLOCK :])
+                coming.update(request.block_names(tokens // PAGE)[position // PAGE :])
                 whole.add(tuple(request.span(0, tokens)))
         return coming, whole
 
-    def _begin(self, request: Request, known: list[torch.Tensor]) -> None:
+    def _begin(self, request: Request, known: list[list[int]]) -> bool:
+        """Give a request a row that starts with known blocks; False if there is no room for it."""
+        if not self._room_for(request, known):
+            known = []  # copies of what is remembered may have been in the way
+            if not self._room_for(request, known):
+                return False
         row = self.cache.add_row()
         self.running.append(request)
         if known:
-            filled = len(known) * BLOCK
+            filled = len(known) * PAGE
             self.cache.load(row, known, request.span(filled - 1, filled)[0])
             self.prefixes.tokens_reused += filled
+        reserved = self._reserve()
+        assert reserved
+        return True
+
+    def _room_for(self, request: Request, known: list[list[int]]) -> bool:
+        tokens = [*(r.num_tokens for r in self.running), request.num_tokens]
+        missing = self.cache.missing(tokens)
+        shared = [0 if group.wraps else len(known) for group in self.pool.groups]
+        return self.prefixes.make_room([m - s for m, s in zip(missing, shared, strict=True)], len(known))
 
     def _remove(self, row: int) -> None:
-        self.prefixes.match(
-            self.running[row].block_names(self.cache.positions[row] // BLOCK)
-        )  # used just now
+        self.prefixes.match(self.running[row].block_names(self.cache.positions[row] // PAGE))  # used just now
         self.cache.remove_row(row)
         last = self.running.pop()
         if row < len(self.running):
@@ -265,7 +265,7 @@ class Scheduler:
         for row in reversed(done):
             self._remove(row)
         if done:
-            self.cache.shrink()
+            self.pool.shrink()
 
     # --- tools ---------------------------------------------------------------------------------------
 
@@ -326,16 +326,17 @@ class Scheduler:
             logits = self.cache.decode(rows, [(request.tokens or request.prompt)[-1] for request in ready])
         self._flight = {}
         for row, position in enumerate(self.cache.positions[:rows]):
-            if position % BLOCK == 0:
+            if position % PAGE == 0:
                 self._publish(row, position - 1)
         return logits
 
     def _take_off(self, chosen: torch.Tensor) -> None:
         """Start reading the tokens chosen for all rows, which the host does not know yet, if nothing speaks against it."""
-        longest, end = self._longest() + 1, ROTARY_FACTOR * self.model.config.sequence_len
+        longest = max(request.num_tokens for request in self.running) + 1
         done = all(len(request.tokens) + 1 >= request.limit for request in self.running)
         forced = any(request.forced for request in self.running)
-        if done or forced or longest > end or not self._reserve(len(self.running), longest):
+        beyond = longest > ROTARY_FACTOR * self.model.config.sequence_len
+        if done or forced or beyond or not self._reserve(1):
             return
         self._flight_logits = self.cache.decode(len(self.running), chosen)
         self._flight = {request: row for row, request in enumerate(self.running)}
@@ -362,15 +363,12 @@ class Scheduler:
     def _publish(self, row: int, before: int) -> None:
         """Put the blocks that a row has filled since it stood at `before` into the prefix store."""
         after = self.cache.positions[row]
-        if before // BLOCK == after // BLOCK:
+        if before // PAGE == after // PAGE:
             return
-        room = min(self.max_bytes // 2, self.max_bytes - self.cache.nbytes)
-        if self.cache.block_bytes > room:
-            return
-        names = self.running[row].block_names(after // BLOCK)
-        for index in range(before // BLOCK, after // BLOCK):
-            if names[index] not in self.prefixes:
-                self.prefixes.add(names[index], self.cache.block(row, index), room)
+        names = self.running[row].block_names(after // PAGE)
+        for index in range(before // PAGE, after // PAGE):
+            if names[index] not in self.prefixes and self.prefixes.make_room(self.cache.block_copies):
+                self.prefixes.add(names[index], self.cache.block(row, index))
 
     def _prefill(self, first: int, end: int) -> tuple[torch.Tensor, list[Request]]:
         """Read a chunk of rows from first on; the requests that have been read whole, and their logits."""
@@ -388,9 +386,9 @@ class Scheduler:
         return logits[sources], requests
 
     def _chunk(self, first: int, end: int) -> list[int]:
-        """How many tokens each of the next rows reads: as many rows as token budget and reserved slots allow."""
+        """How many tokens each of the next rows reads: as many rows as token budget and positions allow."""
         budget = self._busy_budget if first else PREFILL_TOKENS
-        slots = min(self.cache.num_slots, ROTARY_FACTOR * self.model.config.sequence_len)
+        end_of_positions = ROTARY_FACTOR * self.model.config.sequence_len
         width = start = 0
         counts = []
         for row in range(first, end):
@@ -399,7 +397,7 @@ class Scheduler:
             left = budget - sum(counts)
             if left and self.cache.reads_ragged(first, [*counts, min(count, left)]):
                 count = min(count, left)  # nothing is padded, so the budget can be used up
-            elif counts and (width * (len(counts) + 1) > budget or start + width > slots):
+            elif counts and (width * (len(counts) + 1) > budget or start + width > end_of_positions):
                 break
             counts.append(count)
         return counts
@@ -415,7 +413,8 @@ class Scheduler:
             if r.num_tokens == len(tokens) and r.span(0, len(tokens)) == tokens and not r.pending
         )
         twins = list(islice(same, free))
-        while twins and not self._reserve(len(self.running) + len(twins), self._longest()):
+        each = self.cache.copies(self.running.index(request))
+        while twins and not self.prefixes.make_room([len(twins) * pages for pages in each]):
             twins.pop()
         for twin in twins:
             self.waiting.remove(twin)
@@ -429,7 +428,7 @@ class Scheduler:
             return []
         room = min(self.speculate, request.limit - len(request.tokens) - 1)
         draft = guess(request.span(0, request.num_tokens), room)
-        return draft if draft and self._reserve(1, request.num_tokens + len(draft)) else []
+        return draft if draft and self._reserve(len(draft)) else []
 
     def _speculate(self, request: Request, draft: list[int]) -> list[Event]:
         """Read a request's last token and its draft, and keep what sampling confirms and one token more."""

@@ -65,7 +65,7 @@ class Run:
 
 def timed_run(engine: Engine, prompts: list[list[int]], params: SamplingParams, device: torch.device) -> Run:
     """Generate for all prompts together. Equal prompts are read once, and nothing is known from earlier runs."""
-    engine.prefixes.shrink(0)
+    engine.prefixes.clear()
     synchronize(device)
     begun = last = time.perf_counter()
     requests = {engine.submit(prompt, params) for prompt in prompts}

@@ -16,7 +16,7 @@ from nanochat.native import load_library
 from nanochat.quantize import quantize
 from nanochat.row_cache import RowCache
 from tests import toy_model
-from tests.toy_model import ByteTokenizer
+from tests.toy_model import ByteTokenizer, begun_cache, row_contents
 
 pytestmark = [
     pytest.mark.usefixtures("one_seeded_thread"),
@@ -40,10 +40,8 @@ def random_model(architecture: str, **sizes) -> GPT:
 
 def prefilled(model: GPT, lengths: list[int], width: int = 16) -> RowCache:
     """A cache of rows with random beginnings; two of them are equal if their lengths are."""
-    cache = RowCache(model, len(lengths), width)
-    cache.reserve(len(lengths), 96, 1 << 30)
+    cache = begun_cache(model, len(lengths), 96, width)
     for row, length in enumerate(lengths):
-        cache.add_row()
         ids = torch.tensor([random.Random(length).choices(range(256), k=length)])
         cache.forward(row, row + 1, ids)
     return cache
@@ -76,8 +74,9 @@ def test_equals_the_network(architecture, sizes):
         expected = eager.forward(0, 4, torch.tensor(ids)[:, None])
         torch.testing.assert_close(step(compiled, 4, ids), expected, atol=2e-5, rtol=0)
     assert compiled.positions == eager.positions == [75, 71, 86, 79]
-    for ours, theirs in zip((*compiled.keys, *compiled.values), (*eager.keys, *eager.values), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+    for row in range(4):
+        for ours, theirs in zip(row_contents(compiled, row), row_contents(eager, row), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
     if compiled.previous is not None and eager.previous is not None:
         torch.testing.assert_close(compiled.previous, eager.previous, atol=2e-5, rtol=0)
 
@@ -116,11 +115,7 @@ def test_a_stretch_of_a_prompt_has_the_bits_of_its_tokens_one_by_one(architectur
     elif kind == "bfloat16":
         model.compute_dtype = torch.bfloat16
         model.init_rotary()
-    together, alone = RowCache(model, 3, 16), RowCache(model, 3, 16)
-    for cache in (together, alone):
-        cache.reserve(3, 96, 1 << 30)
-        for _ in range(3):
-            cache.add_row()
+    together, alone = begun_cache(model, 3, 96), begun_cache(model, 3, 96)
     read = decoder(model).read
     for number, lengths in enumerate(
         [(5, 1, 16), (1, 13, 1), (16, 16, 16), (2, 1, 3), (16, 11, 16), (9, 16, 1)]
@@ -134,8 +129,9 @@ def test_a_stretch_of_a_prompt_has_the_bits_of_its_tokens_one_by_one(architectur
                 last = read(alone, row, [[token]])
             assert torch.equal(last[0], found[row])
     assert together.positions == alone.positions == [49, 58, 53]
-    for one, other in zip((*together.keys, *together.values), (*alone.keys, *alone.values), strict=True):
-        assert torch.equal(one, other)
+    for row in range(3):
+        for one, other in zip(row_contents(together, row), row_contents(alone, row), strict=True):
+            assert torch.equal(one, other)
     if together.previous is not None:
         assert torch.equal(together.previous, alone.previous)
 
@@ -144,12 +140,7 @@ def test_a_stretch_of_a_prompt_has_the_bits_of_its_tokens_one_by_one(architectur
 @torch.inference_mode()
 def test_reading_prompts_equals_the_network(architecture, sizes, monkeypatch):
     model = random_model(architecture, **sizes)
-    caches = RowCache(model, 3, 16), RowCache(model, 3, 16)
-    for cache in caches:
-        cache.reserve(3, 96, 1 << 30)
-        for _ in range(3):
-            cache.add_row()
-    compiled, eager = caches
+    compiled, eager = begun_cache(model, 3, 96), begun_cache(model, 3, 96)
     assert compiled.reads_ragged(0, [16, 16, 16])
     for number, lengths in enumerate([(5, 1, 16), (16, 16, 2), (2, 7, 16)]):
         spans = [tokens(length, 10 * number + row) for row, length in enumerate(lengths)]
@@ -203,7 +194,7 @@ def test_a_bfloat16_cache():
     model.compute_dtype = torch.bfloat16
     model.init_rotary()
     compiled, eager = prefilled(model, [5, 9]), prefilled(model, [5, 9])
-    assert compiled.keys[0].dtype == torch.bfloat16
+    assert compiled.pool.keys[0].dtype == torch.bfloat16
     for number in range(10):
         ids = tokens(2, number)
         found = decoder(model).step(compiled, 2, ids)

@@ -354,9 +354,11 @@ def test_closing_the_generator_frees_the_cache(monkeypatch):
         return step(self)
 
     monkeypatch.setattr(Scheduler, "step", spy)
-    stream = Engine(ScriptedModel(lambda history: 65), TOKENIZER).generate([1])
-    assert len(list(islice(stream, 3))) == 3 and schedulers[0]().cache.nbytes > 0
+    engine = Engine(ScriptedModel(lambda history: 65), TOKENIZER)
+    stream, pages = engine.generate([1]), engine.prefixes.pool.groups[0]
+    assert len(list(islice(stream, 3))) == 3 and pages.num_used == 2
     stream.close()
+    assert pages.num_used == 1
     del stream
     assert schedulers[0]() is None
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from nanochat.page_pool import PagePool
 from nanochat.prefix_store import PrefixStore, block_names, weights_version
+from tests.toy_model import check_pages, random_model
 
 
 def test_names_stand_for_all_tokens_up_to_their_block():
@@ -16,20 +18,34 @@ def test_names_stand_for_all_tokens_up_to_their_block():
     assert list(block_names([], 4)) == []
 
 
+def pool_of(blocks: int) -> PagePool:
+    """A pool whose store may keep a number of blocks, half of its pages."""
+    model = random_model("classic", n_layer=1)
+    block = PagePool(model, 0).block_bytes
+    return PagePool(model, (2 * blocks + 1) * block)
+
+
+def taken(pool: PagePool) -> list[int]:
+    pool.ensure([1])
+    return [int(pool.groups[0].take(1)[0])]
+
+
 def test_the_longest_known_prefix_is_found_and_its_end_forgotten_first():
-    store, block = PrefixStore(), torch.zeros(2, 4, 1, 2)
-    size = block.numel() * 4
+    store = PrefixStore(pool := pool_of(4))
     for name in (b"a", b"b", b"c", b"x"):
-        store.add(name, block.clone(), 4 * size)
+        store.add(name, taken(pool))
     assert len(store.match([b"a", b"b", b"c", b"d"])) == 3 and store.match([b"b", b"z"])
-    assert store.match([b"a", b"b", b"c"]) and store.nbytes == 4 * size
-    store.add(b"y", block, 4 * size)
+    assert store.match([b"a", b"b", b"c"])
+    store.add(b"y", taken(pool))
     assert b"x" not in store and len(store) == 4, "the one that was used longest ago"
+    check_pages(pool)
     store.match([b"a", b"b", b"c"])
-    store.shrink(2 * size)
+    assert store.make_room([6])
     assert [name in store for name in (b"a", b"b", b"c")] == [True, True, False]
-    store.add(b"z", block, size - 1)
-    assert b"z" not in store, "larger than all that is allowed"
+    assert len(store.match([b"a", b"b"])) == 2 and not store.make_room([7], keep=2)
+    assert len(store) == 2 and store.make_room([8]) and len(store) == 0
+    assert not store.make_room([9]), "more than all there is"
+    check_pages(pool)
 
 
 def test_an_optimiser_step_changes_the_version():
@@ -39,10 +55,10 @@ def test_an_optimiser_step_changes_the_version():
     torch.optim.AdamW(model.parameters()).step()
     changed = weights_version(model)
     assert changed != before
-    store = PrefixStore()
+    store = PrefixStore(pool := pool_of(4))
     store.validate(before)
-    store.add(b"a", torch.zeros(1), 100)
+    store.add(b"a", taken(pool))
     store.validate(before)
     assert len(store) == 1
     store.validate(changed)
-    assert len(store) == 0 and store.nbytes == 0
+    assert len(store) == 0 and pool.groups[0].num_used == 1

@@ -18,10 +18,11 @@ from nanochat import flash_attention
 from nanochat.calculator import use_calculator
 from nanochat.engine import Completion, ContextOverflow, Engine, SamplingParams
 from nanochat.gpt import GPT
+from nanochat.page_pool import PAGE, PagePool
 from nanochat.requests import SlowTool
-from nanochat.row_cache import BLOCK, RowCache
-from nanochat.scheduler import TOOL_WAIT_S, Scheduler
-from tests.toy_model import ByteTokenizer, ScriptedModel, random_model, scripted
+from nanochat.row_cache import RowCache
+from nanochat.scheduler import TOOL_WAIT_S
+from tests.toy_model import ByteTokenizer, ScriptedModel, check_pages, random_model, scripted
 
 torch.set_num_threads(1)
 TOKENIZER = ByteTokenizer()
@@ -46,8 +47,17 @@ def small_model(shape: str) -> GPT:
 
 def engine_for(model: GPT | ScriptedModel, rows: float = 1e6, **options) -> Engine:
     """An engine whose memory is enough for a number of rows of the full context."""
-    row = Engine(model, TOKENIZER)._shared.cache.bytes_for(1, model.config.sequence_len)
+    row = PagePool(model, 0, options.get("chunk_tokens")).bytes_for(model.config.sequence_len)
     return Engine(model, TOKENIZER, cache_bytes=int(rows * row), **options)
+
+
+def rows_bytes(engine: Engine) -> int:
+    """What pages of running rows take, those included that are remembered."""
+    pool = engine.prefixes.pool
+    return sum(
+        int(held.sum()) * group.page_bytes
+        for held, group in zip(engine._shared.cache._held, pool.groups, strict=True)
+    )
 
 
 def run(engine: Engine, prompts: Sequence[Sequence[int]], each: Sequence[SamplingParams]) -> list:
@@ -57,13 +67,8 @@ def run(engine: Engine, prompts: Sequence[Sequence[int]], each: Sequence[Samplin
     while not engine._shared.is_idle:
         for event in engine.step():
             scores[event.request].append(event.logprob)
-        check_memory(engine._shared)
+        check_pages(engine.prefixes.pool)
     return [(request.tokens, scores[request]) for request in requests]
-
-
-def check_memory(scheduler: Scheduler) -> None:
-    held = sum(t.numel() * t.element_size() for t in (*scheduler.cache.keys, *scheduler.cache.values))
-    assert held == scheduler.cache.nbytes and held + scheduler.prefixes.nbytes <= scheduler.max_bytes
 
 
 def check_against_full_forward(model: GPT, prompt: Sequence[int], tokens: list[int], scores: list) -> None:
@@ -104,7 +109,7 @@ def test_every_way_gives_the_tokens_of_the_full_forward(shape):
     run(again, prompts, each)
     assert again.prefixes.tokens_reused == 0
     same(run(again, prompts, each))
-    assert again.prefixes.tokens_reused == sum((n - 1) // BLOCK * BLOCK for n in LENGTHS)
+    assert again.prefixes.tokens_reused == sum((n - 1) // PAGE * PAGE for n in LENGTHS)
 
 
 def test_seeded_samples_survive_preemption_and_company():
@@ -159,10 +164,10 @@ def test_random_schedules(shape, choices, rows, max_batch, ahead):
                 if event.finish_reason:
                     scores = live.pop(event.request)
                     check_against_full_forward(model, event.request.prompt, event.request.tokens, scores)
-            check_memory(engine._shared)
+            check_pages(engine.prefixes.pool)
     for request in list(live):
         engine.cancel(request)
-    assert engine._shared.is_idle and engine.step() == [] and engine._shared.cache.nbytes == 0
+    assert engine._shared.is_idle and engine.step() == [] and rows_bytes(engine) == 0
 
 
 # --- joining, leaving, memory ------------------------------------------------------------------------
@@ -314,20 +319,49 @@ def test_windowed_layers_keep_little_more_than_their_window():
     engine.submit([9] * 150, SamplingParams(temperature=0, max_tokens=30))
     for _ in range(12):
         engine.step()
-    assert [keys.size(1) for keys in engine._shared.cache.keys] == [64, 64, 192]
+    pool = engine.prefixes.pool
+    assert pool.group_of == [0, 0, 1] and [group.num_used for group in pool.groups] == [1 + 2 + 4, 1 + 5]
+
+
+def test_a_long_row_does_not_take_the_memory_of_short_ones():
+    engine = engine_for(
+        ScriptedModel(lambda history: 65), rows=4
+    )  # 19 pages besides the one that is nobody's
+    long = engine.submit([1] * 100, SamplingParams(max_tokens=20))
+    short = [engine.submit([i, i], SamplingParams(max_tokens=20)) for i in range(15)]
+    for _ in range(20):
+        engine.step()
+        check_pages(engine.prefixes.pool)
+    assert long.finish_reason and all(request.finish_reason for request in short)
+
+
+def test_samples_share_the_pages_of_their_prompt():
+    engine = engine_for(ScriptedModel(lambda history: 65), rows=4)
+    stream = engine.generate([7] * 99, num_samples=14, max_tokens=20)  # three whole pages and one each
+    assert all(len(column) == 14 for column, _ in stream)
+    assert engine.prefixes.pool.groups[0].num_used == 1 + 3
+
+
+def test_generations_that_take_all_memory_say_so():
+    engine = engine_for(ScriptedModel(lambda history: 65), rows=1)
+    first, second = engine.generate([1] * 100), engine.generate([2] * 100)
+    next(first)
+    with pytest.raises(ContextOverflow, match="other generations"):
+        next(second)
+    first.close()
+    assert next(engine.generate([2] * 100))[0] == [65]
 
 
 def test_cancelling_frees_the_memory():
     engine = Engine(ScriptedModel(lambda history: 65), TOKENIZER)
     requests = [engine.submit([i] * 20, SamplingParams()) for i in range(8)]
     engine.step()
-    before = engine._shared.cache.nbytes
+    assert rows_bytes(engine) == 8 * PAGE * 2 * 2 * 4
     for request in requests[:7]:
         engine.cancel(request)
-    engine.step()
-    assert engine._shared.cache.nbytes <= before / 4
+    assert rows_bytes(engine) == PAGE * 2 * 2 * 4
     engine.cancel(requests[7])
-    assert engine._shared.cache.nbytes == 0
+    assert rows_bytes(engine) == 0
 
 
 # --- reading equal beginnings once -------------------------------------------------------------------
@@ -352,11 +386,11 @@ def test_samples_of_one_prompt_read_it_once():
 
 def test_prompts_with_the_same_examples_read_them_once():
     model = ScriptedModel(lambda history: sum(history) % 251)
-    examples = random.Random(0).choices(range(256), k=3 * BLOCK)
+    examples = random.Random(0).choices(range(256), k=3 * PAGE)
     prompts = [[*examples, i, i + 1] for i in range(10)]
     found = complete(Engine(model, TOKENIZER), prompts)
     assert [c.tokens for c in found] == [[sum(prompt) % 251] for prompt in prompts]
-    assert tokens_read(model) == 3 * BLOCK + 10 * 2
+    assert tokens_read(model) == 3 * PAGE + 10 * 2
 
 
 def test_the_next_turn_of_a_chat_reads_only_what_is_new():

@@ -17,8 +17,9 @@ import pytest
 
 from nanochat.calculator import use_calculator
 from nanochat.engine import Engine, Request, SamplingParams
+from nanochat.page_pool import PagePool
 from nanochat.requests import SlowTool
-from tests.toy_model import ByteTokenizer, random_model
+from tests.toy_model import ByteTokenizer, check_pages, random_model
 
 SOAK_S = float(os.environ.get("NANOCHAT_SOAK_S", "60"))
 GROWTH_BYTES = 64 << 20  # of the process after its first tenth: allocators keep what they once had
@@ -45,9 +46,9 @@ def test_a_long_time_of_random_requests(one_seeded_thread):
     windows = dict(short_window_divisor=24, short_window_multiple=8)
     model = random_model("modern", sequence_len=192, n_layer=3, n_embd=32, **windows)
     tool = SlowTool(lambda text: time.sleep(0.002) or use_calculator(text) or "7")
-    row_bytes = Engine(model, ByteTokenizer())._shared.cache.bytes_for(1, 192)
+    row_bytes = PagePool(model, 0, 32).bytes_for(192)
     engine = Engine(
-        model, ByteTokenizer(), {"python": tool}, cache_bytes=6 * row_bytes, max_batch=12, chunk_tokens=32
+        model, ByteTokenizer(), {"python": tool}, cache_bytes=3 * row_bytes, max_batch=12, chunk_tokens=32
     )
     scheduler, rng = engine._shared, random.Random(0)
     roots = [rng.choices(range(256), k=120) for _ in range(4)]
@@ -69,12 +70,11 @@ def test_a_long_time_of_random_requests(one_seeded_thread):
             if event.finish_reason:
                 assert live.pop(event.request) == len(event.request.tokens) == len(event.request.masks)
                 counts[event.finish_reason] += 1
-        held = sum(t.numel() * t.element_size() for t in (*scheduler.cache.keys, *scheduler.cache.values))
-        assert held == scheduler.cache.nbytes and held + scheduler.prefixes.nbytes <= scheduler.max_bytes
+        check_pages(scheduler.pool)
         if not settled_bytes and elapsed > SOAK_S / 10:
             settled_bytes = psutil.Process().memory_info().rss
     assert counts["submitted"] == counts["cancelled"] + counts["stop"] + counts["length"], counts
-    assert scheduler.is_idle and scheduler.cache.nbytes == 0 and not scheduler.cache.positions
+    assert scheduler.is_idle and not scheduler.cache.positions
     gc.collect()
     assert psutil.Process().memory_info().rss < settled_bytes + GROWTH_BYTES
     assert sum(isinstance(thing, Request) for thing in gc.get_objects()) <= scheduler.max_batch + 1

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from nanochat.answer_parts import PartsDecoder
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import KVCache
+from nanochat.page_pool import PagePool
+from nanochat.prefix_store import PrefixStore
+from nanochat.row_cache import RowCache
 from nanochat.tokenizer import SPECIAL_TOKENS
 from nanochat.tokenizer_base import Tokenizer
 
@@ -83,11 +87,12 @@ class ScriptedModel:
         chunk = kv_cache.begin(ids.size(1), lengths)
         keys = ids[:, :, None, None].float().expand(-1, -1, 1, 2)
         kv_cache.insert(0, chunk, keys, keys)
+        seen, _ = kv_cache.visible(0, chunk)
         kv_cache.advance(chunk.lengths)
         width = 1 if last_only else ids.size(1)
         logits = torch.zeros(ids.size(0), width, VOCAB_SIZE)
         for row, position in enumerate(kv_cache.positions):
-            history = kv_cache.get_layer_cache(0)[0][row, :position, 0, 0].int().tolist()
+            history = seen[row, :position, 0, 0].int().tolist()
             for back in range(width):
                 token = self.next_token(history[: len(history) - back])
                 if token is not None:  # None: every token is equally likely
@@ -142,3 +147,44 @@ def opinionated_network() -> GPT:
         for parameter in network.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return network.eval()
+
+
+def begun_cache(model: GPT, rows: int, tokens: int, width: int = 16) -> RowCache:
+    """Empty rows that have pages for so many tokens each."""
+    cache = RowCache(model, rows, PagePool(model, 1 << 30, width))
+    wanted = [tokens] * rows
+    cache.pool.ensure(cache.missing(wanted))
+    for _ in wanted:
+        cache.add_row()
+    cache.extend(wanted)
+    return cache
+
+
+def row_contents(cache: RowCache, row: int) -> list[torch.Tensor]:
+    """Keys and values (tokens, H, D) of each layer that a row still holds, in the order of its slots."""
+    pool, filled = cache.pool, cache.positions[row]
+    tensors = []
+    for layer, (keys, values) in enumerate(zip(pool.keys, pool.values, strict=True)):
+        pages = torch.from_numpy(cache.tables[pool.group_of[layer]][row].astype(np.int64))
+        tensors += [all_[pages].flatten(0, 1)[:filled] for all_ in (keys, values)]
+    return tensors
+
+
+def check_pages(pool: PagePool) -> None:
+    """Every page is held by as many as say so, or free; all take what is said and no more than is allowed."""
+    held = sum(tensor.numel() * tensor.element_size() for tensor in (*pool.keys, *pool.values))
+    assert held == pool.nbytes <= pool.max_bytes
+    for number, group in enumerate(pool.groups):
+        uses = np.zeros(group.capacity, int)
+        uses[:1] = 1
+        for holder in pool._holders:
+            if isinstance(holder, RowCache):
+                assert not holder.tables[number][len(holder.positions) :].any()
+                for row, count in enumerate(holder._held[number][: len(holder.positions)]):
+                    pages = holder.tables[number][row]
+                    assert pages[:count].all() and not pages[count:].any()
+                    np.add.at(uses, pages[:count], 1)
+            elif isinstance(holder, PrefixStore):
+                np.add.at(uses, np.array([block[number] for block in holder._blocks.values()], int), 1)
+        assert uses.tolist() == group.uses.tolist()
+        assert sorted(group.free) == np.flatnonzero(uses == 0).tolist()
