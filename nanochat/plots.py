@@ -7,13 +7,14 @@ shown, values written at the end of the lines.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nanochat.common import UserError
 from nanochat.metrics import read_metrics
 from nanochat.options import STAGE_FOLDERS
 from nanochat.report_render import CHANCE, TASKS
@@ -71,11 +72,20 @@ def curve(events: Sequence[Mapping], key: str) -> Curve:
 
 
 def find_metrics(base: Path, since: float = 0.0) -> dict[str, list[dict]]:
-    """Events by stage: its most recently written metrics file, if that is younger than `since` (unix s)."""
+    """Events by stage: of the model that commands take where none is named, else of the most recent one.
+
+    Only of files that were written after `since` (unix s).
+    """
+    from nanochat.checkpoint_manager import find_model_tag
+
     found = {}
     for stage, folder in STAGE_FOLDERS.items():
-        files = sorted((base / folder).glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
-        if files and files[-1].stat().st_mtime >= since:
+        ages = {path: path.stat().st_mtime for path in (base / folder).glob("*/metrics.jsonl")}
+        files = sorted((path for path in ages if ages[path] >= since), key=ages.__getitem__)
+        with suppress(UserError):  # there is no checkpoint
+            tag = find_model_tag(base / folder)
+            files.sort(key=lambda path: path.parent.name == tag)
+        if files:
             found[stage] = read_metrics(files[-1])
     return found
 

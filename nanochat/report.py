@@ -5,6 +5,9 @@
 
 `<base>/report` holds header.md, run.json, and per section <slug>.md (to read) and <slug>.json (to compute
 with). Metrics come from the JSON only: model output that looks like a metric line changes nothing.
+
+Each model has its own sections. Those with the plain titles, from which the summary is made, are of the model that
+commands take where none is named, once it has them; the titles of others end with their tags.
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nanochat import environment
 from nanochat.common import UserError, get_base_dir, get_dist_info, print0, read_json, whole_file, write_json
@@ -28,12 +32,16 @@ from nanochat.report_render import (
     Item,
     format_seconds,
     header_markdown,
+    kind_of,
     rich_section,
     section_markdown,
     summary_table,
     table,
 )
 from nanochat.report_scores import intervals_of, metrics_of, shown_stages
+
+if TYPE_CHECKING:
+    from nanochat.checkpoint_manager import Checkpoint
 
 # Order of the report. Stages that a run leaves out are simply absent.
 SECTIONS = (
@@ -80,23 +88,53 @@ class Report:
         run = {"run_id": uuid.uuid4().hex[:12], "started": started, "hourly_usd": usd}
         write_json(self.folder / "run.json", run | {name: asdict(fact) for name, fact in facts.items()})
 
-    def log(self, section: str, data: Sequence[Item]) -> Path:
-        """Write a section and return its path: strings verbatim, dicts as lists, empty items left out."""
-        slug, stamp = slug_of(section), _now()
-        items = [item if isinstance(item, str) else _plain_dict(item) for item in data if item]
+    def log(
+        self,
+        section: str,
+        data: Sequence[Item],
+        model: Checkpoint | str | None = None,
+        covers: Mapping[str, int] | None = None,
+    ) -> Path:
+        """Write a section and return its path: strings verbatim, dicts as lists, empty items left out.
+
+        model: what it is about, a checkpoint or the name of a foreign model. covers: how much of each test was made; less
+        of one than the section there is of the same weights does not replace that. A line says what stays.
+        """
+        about, title, there = _about(model), section, self._section(section)
+        if beside := _beside(model, there):
+            title = f"{section} {beside}"
+            kept = f", {section!r} stays that of {there['model']}" if there.get("model") else ""
+            print0(f"report: written to section {title!r}{kept}")
+            there = self._section(title)
+        elif there.get("model") not in (None, about["model"]):
+            self._write(there | {"section": f"{section} {there['model']}"})
+        if less := _less(covers or {}, there, about):
+            print0(f"report: section {title!r} stays, it was made on more: {less}")
+            return self.folder / f"{slug_of(title)}.md"
         record = {
-            "section": section, "slug": slug, "timestamp": stamp, "run_id": self._run().get("run_id"),
-            "command": _command(), "items": items,
+            "section": title, "kind": slug_of(section), "timestamp": _now(), "run_id": self._run().get("run_id"),
+            "command": _command(), **about, "covers": dict(covers or {}),
+            "items": [item if isinstance(item, str) else _plain_dict(item) for item in data if item],
         }  # fmt: skip
+        return self._write(record)
+
+    def _write(self, record: dict) -> Path:
+        slug = slug_of(record["section"])
         path = self.folder / f"{slug}.md"
         with whole_file(path, "w") as file:
-            file.write(section_markdown(section, _plain(stamp), items))
-        write_json(self.folder / f"{slug}.json", record)
+            file.write(section_markdown(record["section"], _plain(record["timestamp"]), record["items"]))
+        write_json(self.folder / f"{slug}.json", record | {"slug": slug})
         return path
 
     def _run(self) -> dict:
         path = self.folder / "run.json"
         return read_json(path) if path.exists() else {}
+
+    def _section(self, title: str) -> dict:
+        """What this run has logged under a title; empty if nothing."""
+        path = self.folder / f"{slug_of(title)}.json"
+        record = read_json(path) if path.exists() else {}
+        return record if record.get("run_id") == self._run().get("run_id") else {}
 
     def sections(self) -> list[dict]:
         """All logged sections in the order of the report, unknown ones last by name."""
@@ -105,7 +143,7 @@ class Report:
             if path.name not in ("run.json", "report.json"):
                 found.append(read_json(path))
         known = {slug: place for place, slug in enumerate(SECTIONS)}
-        return sorted(found, key=lambda s: (known.get(s["slug"], len(known)), s["slug"]))
+        return sorted(found, key=lambda s: (known.get(kind_of(s), len(known)), s["slug"]))
 
     # --- the report ----------------------------------------------------------------------------------
 
@@ -183,7 +221,13 @@ class Report:
 class DummyReport:
     """What ranks other than 0 log to: nowhere."""
 
-    def log(self, section: str, data: Sequence[Item]) -> None:
+    def log(
+        self,
+        section: str,
+        data: Sequence[Item],
+        model: Checkpoint | str | None = None,
+        covers: Mapping[str, int] | None = None,
+    ) -> None:
         pass
 
     def reset(self) -> None:
@@ -196,6 +240,39 @@ class DummyReport:
 def get_report() -> Report | DummyReport:
     """The report of the base folder on rank 0, one that does nothing on the others."""
     return Report(get_base_dir() / "report") if get_dist_info()[1] == 0 else DummyReport()
+
+
+# --- which section a section replaces ----------------------------------------------------------------
+
+
+def _about(model: Checkpoint | str | None) -> dict[str, object]:
+    """What a section records of its model."""
+    if model is None or isinstance(model, str):
+        return {"model": model}
+    weights = model.meta["files"][f"model_{model.step:06d}.pt"]["sha256"]
+    return {"model": model.directory.name, "step": model.step, "weights": weights}
+
+
+def _beside(model: Checkpoint | str | None, there: Mapping) -> str:
+    """What to add to the title of a section about a model, so that the one there stays; empty if it may be replaced."""
+    from nanochat.checkpoint_manager import find_model_tag, list_steps
+
+    if model is None or isinstance(model, str):
+        return model or ""
+    tag = model.directory.name
+    if there.get("model") != find_model_tag(model.directory.parent):
+        return ""
+    if there["model"] != tag:
+        return tag
+    return "" if model.step in (there["step"], list_steps(model.directory)[-1]) else f"step {model.step}"
+
+
+def _less(covers: Mapping[str, int], there: Mapping, about: Mapping) -> str:
+    """Of what a section covers less than the one there about the same weights; empty if of nothing."""
+    if there.get("weights") != about.get("weights"):
+        return ""
+    lost = {name: count for name, count in there.get("covers", {}).items() if covers.get(name, 0) < count}
+    return ", ".join(f"{name} {count:,} instead of {covers.get(name, 0):,}" for name, count in lost.items())
 
 
 # --- what a section records --------------------------------------------------------------------------

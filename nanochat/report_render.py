@@ -133,6 +133,11 @@ def section_markdown(title: str, timestamp: str, items: Sequence[Item]) -> str:
     return "".join(parts) + "\n"
 
 
+def kind_of(section: Mapping) -> str:
+    """The slug of a section's plain title, without the model that it is about."""
+    return section.get("kind", section["slug"])
+
+
 def rich_section(section: Mapping, note: str = "") -> str:
     """The report's form of one section: scores beside chance, results as a table, settings folded away."""
     parts = [f"## {section['section']}\n", f"{note}\n" if note else ""]
@@ -141,7 +146,7 @@ def rich_section(section: Mapping, note: str = "") -> str:
         if isinstance(item, str):
             parts.append(item.rstrip("\n") + "\n")
         elif item:
-            parts += _rich_item(item, None if section["slug"] in _ALL_RESULTS else settings)
+            parts += _rich_item(item, None if kind_of(section) in _ALL_RESULTS else settings)
     if settings:
         parts.append(_folded("Settings", key_value_table(settings)))
     if section.get("command"):

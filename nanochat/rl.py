@@ -187,7 +187,8 @@ def train_rl(
             **state.results,
         }
         if plan.save:
-            get_report().log(section="Chat RL", data=[plan.settings, outcome])
+            checkpoint = Checkpoint.open(plan.directory, last_step)
+            get_report().log(section="Chat RL", data=[plan.settings, outcome], model=checkpoint)
 
 
 def _step(plan: RLPlan, run: TrainingRun, task: RewardedTask, sampler: GroupSampler) -> dict[str, Value]:

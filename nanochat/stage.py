@@ -148,4 +148,5 @@ def finish(
         "Tokens per second": round(tokens / state.total_training_time) if state.total_training_time else None,
         "Peak memory": f"{memory / 2**20:,.0f} MiB",
     }
-    get_report().log(section=title, data=[plan.settings, outcome])
+    checkpoint = Checkpoint.open(plan.directory, plan.schedule.num_steps)
+    get_report().log(section=title, data=[plan.settings, outcome], model=checkpoint)

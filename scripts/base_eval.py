@@ -18,6 +18,7 @@ from scripts.base_train import PROMPTS
 if TYPE_CHECKING:
     import torch
 
+    from nanochat.checkpoint_manager import Checkpoint
     from nanochat.common import World
     from nanochat.document_reader import DocumentTokenizer
     from nanochat.gpt import GPT
@@ -50,6 +51,7 @@ class Subject:
     token_bytes: torch.Tensor
     seq_len: int
     record: Path  # the JSON file of the results
+    checkpoint: Checkpoint | None = None  # None for a Hugging Face model
 
 
 def main(cfg: Config) -> None:
@@ -67,12 +69,14 @@ def evaluate(cfg: Config, section: str) -> None:
         subject = load_subject(cfg, world)
         print0(f"model: {subject.name} | data source: {data_source()}")
         results: dict = {"model": subject.name}
+        covers: dict[str, int] = {}
         samples = sample(subject, world) if "sample" in modes else {}
         if "bpb" in modes:
             results |= {f"{s} bpb": bits_per_byte(cfg, subject, s, world) for s in ("train", "val")}
+            covers["tokens"] = cfg.split_tokens
         centered: dict[str, float] = {}
         if "core" in modes:
-            centered = core(cfg, subject, world, results)
+            centered, covers["CORE examples"] = core(cfg, subject, world, results)
         if world.is_main:
             record = results | samples | ({"centered_results": centered} if centered else {})
             # what another mode found earlier stays
@@ -80,7 +84,9 @@ def evaluate(cfg: Config, section: str) -> None:
                 subject.record, (read_json(subject.record) if subject.record.exists() else {}) | record
             )
             print0(f"results: {subject.record}")
-        get_report().log(section=section, data=[results, centered, samples])
+        covers["samples"] = len(samples)
+        model = subject.checkpoint or subject.name
+        get_report().log(section=section, data=[results, centered, samples], model=model, covers=covers)
 
 
 def parse_modes(text: str) -> list[str]:
@@ -100,7 +106,7 @@ def load_subject(cfg: Config, world: World) -> Subject:
     """Our checkpoint, or with --hf-path a Hugging Face model."""
     if cfg.hf_path is not None:
         return _load_hugging_face(cfg.hf_path, world)
-    from nanochat.checkpoint_manager import load_model, locate
+    from nanochat.checkpoint_manager import Checkpoint, load_model, locate
     from nanochat.tokenizer import get_token_bytes
 
     directory, step = locate("base", cfg.model_tag, cfg.step, contents=False)
@@ -108,7 +114,7 @@ def load_subject(cfg: Config, world: World) -> Subject:
     return Subject(
         f"base model {directory.name} (step {step})", f"base_model_{step:06d}", model, tokenizer, tokenizer,
         get_token_bytes(world.device, tokenizer), model.config.sequence_len,
-        directory / f"base_eval_{step:06d}.json",
+        directory / f"base_eval_{step:06d}.json", Checkpoint.open(directory, step),
     )  # fmt: skip
 
 
@@ -178,8 +184,8 @@ def bits_per_byte(cfg: Config, subject: Subject, split: str, world: World) -> fl
     return bpb
 
 
-def core(cfg: Config, subject: Subject, world: World, results: dict) -> dict[str, float]:
-    """Centred accuracies by task; adds the metric to results, writes table and examples. Collective."""
+def core(cfg: Config, subject: Subject, world: World, results: dict) -> tuple[dict[str, float], int]:
+    """Centred accuracies by task, and of how many examples; adds the metric to results, writes files. Collective."""
     from nanochat.common import print0
     from nanochat.core_eval import evaluate_core
 
@@ -194,7 +200,8 @@ def core(cfg: Config, subject: Subject, world: World, results: dict) -> dict[str
         path = get_base_dir() / "base_eval" / f"{subject.slug}.csv"
         write_table(path, outcome["results"], outcome["centered_results"], outcome["core_metric"])
         print0(f"table: {path}")
-    return outcome["centered_results"]
+    num_examples = sum(len(task.correct) for task in outcome["outcomes"].values())
+    return outcome["centered_results"], num_examples
 
 
 def check_known_scores(cfg: Config, outcome: dict) -> None:

@@ -41,7 +41,7 @@ class Config(WhichModel):
 
 def main(cfg: Config) -> None:
     """Score a chat model on its tasks, print accuracies and ChatCORE, and save them beside the checkpoint."""
-    from nanochat.checkpoint_manager import load_model, locate
+    from nanochat.checkpoint_manager import Checkpoint, load_model, locate
     from nanochat.common import data_source, distributed, print0
     from nanochat.engine import Engine
     from nanochat.report import get_report
@@ -73,6 +73,8 @@ def main(cfg: Config) -> None:
         get_report().log(
             section=f"Chat evaluation {cfg.source}",
             data=[as_dict(cfg) | {"model_tag": directory.name, "step": step}, accuracies, metrics],
+            model=Checkpoint.open(directory, step),
+            covers={name: score.total for name, score in scores.items()},
         )
 
 

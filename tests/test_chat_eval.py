@@ -261,6 +261,10 @@ def test_chat_eval_scores_all_tasks_of_the_embedded_source(run_here, capsys):
     script.main(only)
     record = json.loads(path.read_text())
     assert record["tasks"]["MMLU"]["total"] == 5 and record["tasks"]["GSM8K"]["total"] == 3
+    assert json.loads((run_here / "report" / "chat-evaluation-sft.json").read_text()) == section
+    assert (
+        "'Chat evaluation sft' stays, it was made on more: ARC-Easy 3 instead of 0" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -290,6 +294,11 @@ def test_base_eval_writes_table_record_and_report(run_here, capsys):
     after = json.loads(record_path.read_text())
     assert after["CORE metric"] == record["CORE metric"], "what another mode found stays"
     assert json.loads((run_here / "report" / "base-model-loss.json").read_text())["items"][0]["val bpb"] > 0
+    section = run_here / "report" / "base-model-evaluation.json"
+    covers = json.loads(section.read_text())["covers"]
+    assert covers["CORE examples"] == 4 * len(record["centered_results"]) and covers["tokens"] == 2000
+    base_eval.main(base_eval.Config(eval="core", max_per_task=1, device_type="cpu"))
+    assert json.loads(section.read_text())["covers"] == covers
 
 
 def test_base_eval_refuses_a_split_of_less_than_a_step(run_here):

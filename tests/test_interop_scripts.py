@@ -194,7 +194,8 @@ def test_scores_come_from_the_report_of_this_checkpoint(tiny_run):
         "Chat evaluation sft",
         [{"model_tag": "t", "step": 5}, {"GSM8K": 0.5, "MMLU": 0.25}, {"ChatCORE metric": 0.3}],
     )
-    report.log("Base model evaluation", [{"model": "base model t (step 5)", "CORE metric": 0.1}])
+    report.log("Base model evaluation", [{"model": "base model u (step 9)", "CORE metric": 0.2}])
+    report.log("Base model evaluation", [{"model": "base model t (step 5)", "CORE metric": 0.1}], model="t")
     assert report_scores(tiny_run, "sft", "t", 5) == {"MMLU": 0.25, "GSM8K": 0.5, "ChatCORE metric": 0.3}
     assert report_scores(tiny_run, "base", "t", 5) == {"CORE metric": 0.1}
     report.log(

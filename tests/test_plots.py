@@ -63,6 +63,8 @@ def test_the_newest_metrics_of_each_stage_are_used_and_those_of_earlier_runs_not
     for path, age in ((old, 2000), (new, 3000), (stale, 1000)):
         os.utime(path, (age, age))
     assert find_metrics(tmp_path, since=1500) == {"base": [{"step": 0, "train/loss": 2.0}]}
+    (old.parent / "meta_000009.json").write_text("{}")  # of the one with a checkpoint, however old
+    assert find_metrics(tmp_path, since=1500) == {"base": [{"step": 0, "train/loss": 1.0}]}
 
 
 def test_draw_all_draws_what_there_is(tmp_path):

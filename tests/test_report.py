@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from nanochat import report as report_module
+from nanochat.checkpoint_manager import Checkpoint
 from nanochat.common import UserError, read_json, write_json
 from nanochat.environment import Bloat, Git, Gpu, Hardware, Software
 from nanochat.report import DummyReport, Report, get_report, main, slug_of
@@ -132,6 +133,71 @@ def test_a_section_is_replaced_by_its_next_log(report):
     report.log("Chat SFT", [{"loss": 1.0}])
     report.log("Chat SFT", [{"loss": 0.5}])
     assert read_json(report.folder / "chat-sft.json")["items"] == [{"loss": 0.5}]
+
+
+def checkpoint(report, tag, step=7, weights="w"):
+    """A checkpoint of finetuning, as far as the report looks at it."""
+    folder = report.base / "chatsft_checkpoints" / tag
+    meta = {"files": {f"model_{step:06d}.pt": {"sha256": weights}}}
+    write_json(folder / f"meta_{step:06d}.json", meta)
+    return Checkpoint.open(folder, step)
+
+
+def items(report):
+    """What each section says, by slug."""
+    return {section["slug"]: section["items"] for section in report.sections()}
+
+
+def test_another_model_gets_sections_of_its_own(report, capsys):
+    report.log("Midtraining", [{"x": 0}])
+    report.log("Chat evaluation sft", [{"MMLU": 0.5}], model=checkpoint(report, "d4"))
+    assert capsys.readouterr().out == ""
+    report.log("Chat evaluation sft", [{"MMLU": 0.1}], model=checkpoint(report, "try"))
+    assert capsys.readouterr().out == (
+        "report: written to section 'Chat evaluation sft try', 'Chat evaluation sft' stays that of d4\n"
+    )
+    report.log("Chat evaluation sft", [{"MMLU": 0.2}], model="openai-community/gpt2")
+    checkpoint(report, "d4", step=9)
+    report.log("Chat evaluation sft", [{"MMLU": 0.6}], model=checkpoint(report, "d4", step=9))
+    report.log("Chat evaluation sft", [{"MMLU": 0.3}], model=checkpoint(report, "d4"))
+    assert list(items(report).items()) == [
+        ("midtraining", [{"x": 0}]),
+        ("chat-evaluation-sft", [{"MMLU": 0.6}]),
+        ("chat-evaluation-sft-openai-community-gpt2", [{"MMLU": 0.2}]),
+        ("chat-evaluation-sft-step-7", [{"MMLU": 0.3}]),
+        ("chat-evaluation-sft-try", [{"MMLU": 0.1}]),
+    ]
+    report.generate()
+    assert read_json(report.folder / "report.json")["summary"]["metrics"] == {"MMLU": {"sft": 0.6}}
+    assert "## Chat evaluation sft try\n" in read(report, "report.md")
+
+
+def test_the_model_that_is_taken_by_default_moves_earlier_ones_aside(report):
+    for loss, tag in enumerate(("lesson", "second", "d4")):
+        report.log("Chat SFT", [{"loss": loss}], model=checkpoint(report, tag))
+    assert items(report) == {
+        "chat-sft": [{"loss": 2}], "chat-sft-lesson": [{"loss": 0}], "chat-sft-second": [{"loss": 1}],
+    }  # fmt: skip
+    assert "## Chat SFT second\n" in read(report, "chat-sft-second.md")
+
+
+def test_a_partial_evaluation_does_not_replace_a_whole_one(report, capsys):
+    def evaluate(score, covers, weights="w"):
+        model = checkpoint(report, "d4", weights=weights)
+        report.log("Chat evaluation sft", [{"MMLU": score}], model, covers)
+        return items(report)["chat-evaluation-sft"][0]["MMLU"]
+
+    assert evaluate(0.1, {"MMLU": 3}) == 0.1
+    assert evaluate(0.2, {"MMLU": 1200, "GSM8K": 300}) == 0.2
+    assert capsys.readouterr().out == ""
+    assert evaluate(0.3, {"MMLU": 1200, "GSM8K": 3}) == 0.2
+    assert evaluate(0.3, {"MMLU": 1200}) == 0.2
+    assert capsys.readouterr().out == "".join(
+        f"report: section 'Chat evaluation sft' stays, it was made on more: GSM8K 300 instead of {n}\n"
+        for n in (3, 0)
+    )
+    assert evaluate(0.4, {"MMLU": 1200, "GSM8K": 300}) == 0.4
+    assert evaluate(0.5, {"MMLU": 3}, weights="trained anew") == 0.5
 
 
 def test_scalars_of_numpy_and_torch_become_numbers(report):

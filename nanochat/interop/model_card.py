@@ -7,7 +7,7 @@ from typing import Any
 
 from nanochat.interop.hf_config import describe, is_classic
 from nanochat.network_config import GPTConfig
-from nanochat.report_render import TASKS, table
+from nanochat.report_render import TASKS, kind_of, table
 
 TRANSFORMERS = "5.20"  # the oldest version that the tests run with; pyproject.toml says the same
 _BASE_SCORES = ("CORE metric", "train bpb", "val bpb")
@@ -82,7 +82,7 @@ def report_scores(base: Path, stage: str, tag: str, step: int) -> dict[str, floa
     wanted = _BASE_SCORES if stage == "base" else _CHAT_SCORES
     for section in Report(base / "report").sections():
         items = [item for item in section["items"] if isinstance(item, dict)]
-        if section["slug"] == slug and items and _is_about(items[0], stage, tag, step):
+        if kind_of(section) == slug and items and _is_about(items[0], stage, tag, step):
             found = {key: value for item in items for key, value in item.items() if key in wanted}
             return {name: float(found[name]) for name in wanted if isinstance(found.get(name), int | float)}
     return {}
