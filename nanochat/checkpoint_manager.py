@@ -2,8 +2,8 @@
 
 <base>/<stage>_checkpoints/<tag>/model_000123.pt    weights
                                  optim_000123.pt    optimizer state, the same for any number of ranks
-                                 meta_000123.json   configuration, loop and loader state, and the size and
-                                                    SHA-256 of the other files; written last
+                                 meta_000123.json   configuration, loop and loader state, the size and SHA-256 of
+                                                    the other files, and the SHA-256 of the vocabulary; written last
                                  tokenizer/         the tokenizer that the weights belong to
 """
 
@@ -119,6 +119,7 @@ def write_checkpoint(
     (directory / f"meta_{step:06d}.json").unlink(missing_ok=True)
     if tokenizer is not None:
         tokenizer.save(directory / "tokenizer")
+        meta = meta | {"tokenizer_sha256": tokenizer.vocabulary.sha256}
     files = {f"model_{step:06d}.pt": _save_tensors(directory / f"model_{step:06d}.pt", weights)}
     if optimizer_state is not None:
         name = f"optim_{step:06d}.pt"
@@ -320,16 +321,27 @@ class Checkpoint:
         return load_tensors(self.directory / name, "cpu") if (self.directory / name).exists() else None
 
     def tokenizer(self) -> RustBPETokenizer:
+        """The one in its folder, else that of the base folder. Raises UserError if it was trained with another."""
         from nanochat.tokenizer import get_tokenizer
 
         own = self.directory / "tokenizer"
-        tokenizer = get_tokenizer(own if own.exists() else None)
+        folder = own if own.exists() else get_base_dir() / "tokenizer"
+        tokenizer = get_tokenizer(folder)
         if tokenizer.get_vocab_size() != self.config().vocab_size:
             raise UserError(
-                f"the tokenizer has {tokenizer.get_vocab_size():,} tokens, the model in {self.directory} was trained"
-                f" with {self.config().vocab_size:,}"
+                f"the tokenizer in {folder} has {tokenizer.get_vocab_size():,} tokens, the model in {self.directory}"
+                f" was trained with {self.config().vocab_size:,}"
+            )
+        if not self.was_trained_with(tokenizer):
+            raise UserError(
+                f"the tokenizer in {folder} is not the one that the model in {self.directory} was trained with: its"
+                f" vocabulary is another; put the right one into {own} (other stages of its run have copies)"
             )
         return tokenizer
+
+    def was_trained_with(self, tokenizer: RustBPETokenizer) -> bool:
+        """Whether its metadata names this vocabulary. True where it names none, as before November 2026."""
+        return self.meta.get("tokenizer_sha256", tokenizer.vocabulary.sha256) == tokenizer.vocabulary.sha256
 
     def model(
         self,

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import binascii
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,10 +89,7 @@ class Vocabulary:
 
     def save(self, directory: str | Path) -> None:
         """Write the ranks in tiktoken's text format, then the configuration with their hash."""
-        directory = Path(directory)
-        ordered = sorted(self.ranks.items(), key=lambda item: item[1])
-        lines = (binascii.b2a_base64(token, newline=False) + b" %d\n" % rank for token, rank in ordered)
-        blob = b"".join(lines)
+        directory, blob = Path(directory), self._ranks_text()
         with whole_file(directory / RANKS_FILE) as file:
             file.write(blob)
         config = {
@@ -98,6 +97,18 @@ class Vocabulary:
             "special_tokens": self.special_tokens, "ranks_sha256": hashlib.sha256(blob).hexdigest(),
         }  # fmt: skip
         write_json(directory / CONFIG_FILE, config)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash in hexadecimal of what decides how text becomes ids: ranks, pattern and special tokens."""
+        special = sorted(self.special_tokens.items(), key=lambda item: item[1])
+        rest = json.dumps([self.pattern, special]).encode()
+        return hashlib.sha256(self._ranks_text() + rest).hexdigest()
+
+    def _ranks_text(self) -> bytes:
+        ordered = sorted(self.ranks.items(), key=lambda item: item[1])
+        lines = (binascii.b2a_base64(token, newline=False) + b" %d\n" % rank for token, rank in ordered)
+        return b"".join(lines)
 
 
 def _parse_ranks(blob: bytes) -> dict[bytes, int]:

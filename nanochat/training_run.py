@@ -225,6 +225,11 @@ class TrainingRun:
                     f"{checkpoint.directory} holds a run with {name} {meta.get(name)}, not {value};"
                     " use its settings, another folder (--model-tag or --output-tag), or --resume=never to start over"
                 )
+        if not checkpoint.was_trained_with(self.tokenizer):
+            raise UserError(
+                f"{checkpoint.directory} holds a run with another tokenizer; use another folder (--model-tag or"
+                " --output-tag), or --resume=never to start over"
+            )
         optimizer_state = checkpoint.optimizer_state()
         if optimizer_state is None:
             raise UserError(

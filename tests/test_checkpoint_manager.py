@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from nanochat import checkpoint_manager as cm
 from nanochat.common import UserError, read_json, write_json
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.tokenizer import get_tokenizer
+from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
 SIZES = dict(sequence_len=32, vocab_size=512, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
 
@@ -218,6 +219,25 @@ def test_a_tokenizer_of_another_size_is_refused(tiny_run):
     save(tiny_run, other)
     with pytest.raises(UserError, match=r"512 tokens, the model .* with 300"):
         cm.load_model("base", torch.device("cpu"), "eval")
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_another_tokenizer_of_the_same_size_is_refused(tiny_run, model, copy):
+    directory = save(tiny_run, model, tokenizer=get_tokenizer())
+    other = RustBPETokenizer.train_from_iterator(["".join(map(chr, range(256, 4000)))], SIZES["vocab_size"])
+    assert other.get_vocab_size() == get_tokenizer().get_vocab_size()
+    if copy:
+        other.save(directory / "tokenizer")
+    else:
+        shutil.rmtree(directory / "tokenizer")
+        cm.load_model("base", torch.device("cpu"), "eval")  # with that of the base folder, the same one
+        other.save(tiny_run / "tokenizer")
+    with pytest.raises(UserError, match=r"tokenizer is not the one that the model in .*d2 was trained with"):
+        cm.load_model("base", torch.device("cpu"), "eval")
+    meta = read_json(directory / "meta_000001.json")
+    del meta["tokenizer_sha256"]  # as older checkpoints
+    write_json(directory / "meta_000001.json", meta)
+    assert cm.load_model("base", torch.device("cpu"), "eval")[1].vocabulary == other.vocabulary
 
 
 def test_a_newer_format_is_refused(tiny_run, model):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -210,6 +211,22 @@ def test_save_and_load(trained, tmp_path, monkeypatch, capsys):
     token_bytes = get_token_bytes()
     assert str(token_bytes.dtype) == "torch.int32"
     assert token_bytes.tolist() == trained.token_bytes_lengths().tolist()
+
+
+def test_the_hash_of_a_vocabulary_is_that_of_what_it_does(trained, tmp_path):
+    own = trained.vocabulary
+    trained.save(tmp_path)
+    assert Vocabulary.load(tmp_path).sha256 == own.sha256 == replace(own, name="another").sha256
+    (first, a), (second, b) = list(own.ranks.items())[-2:]
+    others = [
+        replace(own, ranks=own.ranks | {first: b, second: a}),
+        replace(own, pattern=r"\S+|\s+"),
+        replace(
+            own,
+            special_tokens=dict(zip(own.special_tokens, reversed(own.special_tokens.values()), strict=True)),
+        ),
+    ]
+    assert len({own.sha256, *(other.sha256 for other in others)}) == 4
 
 
 def test_the_files_are_plain_text_that_tiktoken_reads(trained, tmp_path):

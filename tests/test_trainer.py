@@ -13,7 +13,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from nanochat.checkpoint_manager import Checkpoint, list_steps
+from nanochat.checkpoint_manager import Checkpoint, list_steps, update_meta
 from nanochat.common import UserError
 from nanochat.configurator import parse
 from nanochat.metrics import read_metrics
@@ -179,6 +179,14 @@ def test_other_settings_do_not_continue_a_run(tiny_run):
         run_here("base_train", resume="5")
     run_here("base_train", num_iterations=2, resume="never")
     assert list_steps(tiny_run / "base_checkpoints" / "t") == [2]
+
+
+def test_a_run_with_another_tokenizer_is_not_continued(tiny_run):
+    for stage in ("base_train", "mid_train"):
+        run_here(stage, num_iterations=1, eval_every=-1)
+    update_meta(tiny_run / "mid_checkpoints" / "t", 1, {"tokenizer_sha256": "another"})
+    with pytest.raises(UserError, match=r"holds a run with another tokenizer.*--resume=never"):
+        run_here("mid_train", num_iterations=1, eval_every=-1)
 
 
 def test_other_rates_take_effect_where_a_run_goes_on(tiny_run, capsys):
