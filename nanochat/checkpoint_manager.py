@@ -268,7 +268,7 @@ def locate(
     checkpoints = stage_dir(stage)
     directory = checkpoints / (model_tag or find_model_tag(checkpoints))
     if not list_steps(directory):
-        have = sorted(path.name for path in checkpoints.glob("*") if path.is_dir())
+        have = sorted(path.name for path in checkpoints.glob("*") if list_steps(path))
         raise UserError(f"no {stage} checkpoint {directory}; there are: {', '.join(have) or 'none'}")
     if step is None:
         step = newest_good_step(directory, contents)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanochat import checkpoint_manager as cm
-from nanochat.common import UserError, read_json, write_json
+from nanochat.common import UserError, exclusive, read_json, write_json
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
@@ -206,9 +206,13 @@ def test_missing_things_are_one_line(tiny_run, model):
         cm.locate("sft")
     with pytest.raises(UserError, match="is not a stage"):
         cm.locate("moon")
-    save(tiny_run, model)
-    with pytest.raises(UserError, match="there are: d2"):
+    directory = save(tiny_run, model)
+    with exclusive(directory.with_name("failed")):
+        pass  # and nothing saved
+    with pytest.raises(UserError, match=r"there are: d2$"):
         cm.locate("base", "d7")
+    with pytest.raises(UserError, match=r"there are: d2$"):
+        cm.locate("base", "failed")
     with pytest.raises(UserError, match=r"no step 5 .*\[1\]"):
         cm.locate("base", "d2", 5)
 
