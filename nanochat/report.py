@@ -148,9 +148,17 @@ class Report:
     # --- the report ----------------------------------------------------------------------------------
 
     def generate(self, copy_to: Path | None = None) -> Path:
-        """Write report.md, .html, .json and report_files/*.png, and copy them to a folder (default: here)."""
+        """Write report.md, .html, .json and report_files/*.png, and copy them to a folder (default: here).
+
+        Raises UserError, and leaves older files as they are, if no stage has logged a section.
+        """
         started = time.monotonic()
         run, sections = self._run(), self.sections()
+        if not sections:
+            raise UserError(
+                f"nothing to report: no stage has finished in {self.base}; train first (bash runs/speedrun.sh), or"
+                " set NANOCHAT_BASE_DIR to the folder of a run"
+            )
         own = [s for s in sections if s["run_id"] == run.get("run_id")]
         stages = self._pipeline_stages()
         summary = _summarize(run, own, stages)

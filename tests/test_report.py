@@ -392,12 +392,21 @@ def test_command_line(report, tmp_path, capsys):
     environment = os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     failed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert failed.returncode == 2 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+    log_everything(report)
     main([])
     capsys.readouterr()
     main(["show"])
     assert capsys.readouterr().out == (tmp_path / "report.md").read_text()
     main(["json"])
     assert "summary" in json.loads(capsys.readouterr().out)
+
+
+def test_nothing_to_report_leaves_an_older_report_alone(report, tmp_path):
+    (tmp_path / "report.md").write_text("of another run")
+    with pytest.raises(UserError, match=f"nothing to report: no stage has finished in {tmp_path}"):
+        main(["generate"])
+    assert (tmp_path / "report.md").read_text() == "of another run"
+    assert not (report.folder / "report.md").exists()
 
 
 def test_an_unknown_action_names_the_known_ones():
