@@ -14,6 +14,7 @@ import re
 import sys
 import warnings
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ from nanochat.options import STAGE_FOLDERS, STAGES
 from nanochat.snapshot import weights_copy
 
 if TYPE_CHECKING:
-    from nanochat.tokenizer import RustBPETokenizer
+    from nanochat.tokenizer import RustBPETokenizer, Vocabulary
 
 FORMAT_VERSION = 1
 
@@ -288,6 +289,19 @@ def latest_stage() -> str:
         if any(list_steps(path) for path in stage_dir(stage).glob("*")):
             return stage
     raise UserError(f"no checkpoint below {get_base_dir()}; train a model first: bash runs/speedrun.sh")
+
+
+def models_with(vocabulary: Vocabulary) -> list[str]:
+    """Stage and tag of the models in the base folder whose own copy of the tokenizer has this vocabulary."""
+    from nanochat.tokenizer import Vocabulary
+
+    found = []
+    for stage in STAGES:
+        for path in sorted(stage_dir(stage).glob("*")):
+            with suppress(UserError):  # a damaged copy is found by whoever loads the model
+                if list_steps(path) and Vocabulary.load(path / "tokenizer").sha256 == vocabulary.sha256:
+                    found.append(f"{stage} {path.name}")
+    return found
 
 
 # --- reading -----------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanochat.common import UserError, data_source, get_base_dir
@@ -17,7 +18,7 @@ from nanochat.configurator import as_dict, option, run
 
 if TYPE_CHECKING:
     from nanochat.metrics import StatusLine
-    from nanochat.tokenizer import RustBPETokenizer
+    from nanochat.tokenizer import RustBPETokenizer, Vocabulary
 
 # Lines, numbers of several lengths, contractions, marks, other scripts, an emoji of several code points.
 _PROBE = """One line, and a second:
@@ -50,6 +51,7 @@ def main(cfg: Config) -> None:
         status.note(f"trained {tokenizer.get_vocab_size():,} tokens in {train_s:.2f} s")
 
     check_round_trip(tokenizer)
+    announce_replacement(directory, tokenizer.vocabulary)
     tokenizer.save(directory)
     log_report(cfg, tokenizer, train_s)
 
@@ -106,6 +108,22 @@ def check_round_trip(tokenizer: RustBPETokenizer) -> None:
     """Encode and decode a difficult text; a tokenizer that changes it is not worth saving."""
     decoded = tokenizer.decode(tokenizer.encode(_PROBE))
     assert decoded == _PROBE, f"the text came back as {decoded!r}"
+
+
+def announce_replacement(directory: Path, vocabulary: Vocabulary) -> None:
+    """Say which models were trained with another tokenizer, which is about to be replaced."""
+    from nanochat.checkpoint_manager import models_with
+    from nanochat.tokenizer import CONFIG_FILE, Vocabulary
+
+    if not (directory / CONFIG_FILE).exists():
+        return
+    with suppress(UserError):  # a damaged one is no loss
+        before = Vocabulary.load(directory)
+        if before.sha256 != vocabulary.sha256 and (models := models_with(before)):
+            print(
+                f"this replaces the tokenizer of {', '.join(models)}: these models keep their copies of it, new ones"
+                " are trained with the new one (a run in the same folder with --resume=never)"
+            )
 
 
 def log_report(cfg: Config, tokenizer: RustBPETokenizer, train_s: float) -> None:

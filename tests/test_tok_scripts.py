@@ -15,8 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiktoken
+import torch
 
+from nanochat.checkpoint_manager import save_checkpoint, stage_dir
 from nanochat.common import UserError
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from scripts import tok_eval, tok_train
 from scripts.tok_samples import SAMPLES
@@ -83,6 +86,21 @@ def test_training_is_that_of_the_train_split(base, capsys):
     variance = sum((length - mean) ** 2 for length in lengths) / (len(lengths) - 1)
     assert statistics["token_bytes_std"] == pytest.approx(variance**0.5)
     assert statistics["num_special_tokens"] == 9 and statistics["train_time"] > 0
+
+
+def test_it_says_whose_tokenizer_it_replaces(base, capsys):
+    tok_train.main(tok_train.Config(vocab_size=320))
+    config = GPTConfig.modern(sequence_len=32, vocab_size=320, n_layer=1, n_head=1, n_kv_head=1, n_embd=32)
+    model = GPT.build(config, "cpu", torch.float32)
+    for stage, tokenizer in (("base", get_tokenizer()), ("sft", get_tokenizer()), ("rl", None)):
+        save_checkpoint(stage_dir(stage) / "d1", 1, model, {}, tokenizer=tokenizer)
+    capsys.readouterr()
+    tok_train.main(tok_train.Config(vocab_size=320))
+    assert "replaces" not in capsys.readouterr().out, "it is the same one"
+    tok_train.main(tok_train.Config(vocab_size=320, max_chars=1000))
+    assert "this replaces the tokenizer of base d1, sft d1: these models keep" in capsys.readouterr().out
+    tok_train.main(tok_train.Config(vocab_size=330))
+    assert "replaces" not in capsys.readouterr().out, "no model has that one"
 
 
 @pytest.mark.parametrize("wrong", [{"vocab_size": 264}, {"max_chars": 0}, {"doc_cap": -1}])
