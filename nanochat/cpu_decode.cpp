@@ -85,13 +85,26 @@ void turn(const Network& n, float* head, int position) {
     for (int i = 0; i < n.head_size; i++) head[i] *= n.qk_scale;
 }
 
+// Eight positions' keys or values, and those of the next eight, which are asked for meanwhile.
+template <typename C>
+struct Eight {
+    const C *now[kLanes], *next[kLanes];
+
+    void fetch(int j, int at) const {
+        if (at * sizeof(C) % 64 == 0) __builtin_prefetch(next[j] + at);
+    }
+};
+
 // y += the values of eight positions (N vectors each) times their weights.
 template <int N, typename C>
-inline void weigh(const C* const* values, int offset, const float* weights, float* y) {
+inline void weigh(const Eight<C>& values, int offset, const float* weights, float* y) {
     Vec acc[N];
     for (int c = 0; c < N; c++) acc[c] = load(y + c * kLanes);
     for (int j = 0; j < kLanes; j++)
-        for (int c = 0; c < N; c++) acc[c] += load(values[j] + offset + c * kLanes) * weights[j];
+        for (int c = 0; c < N; c++) {
+            acc[c] += load(values.now[j] + offset + c * kLanes) * weights[j];
+            values.fetch(j, offset + c * kLanes);
+        }
     for (int c = 0; c < N; c++) store(y + c * kLanes, acc[c]);
 }
 
@@ -102,10 +115,12 @@ void attend(const Network& n, const Layer& l, const float* q, float* y, int row,
             float* scores) {
     int size = n.head_size, group = n.heads / n.kv_heads, padded = (count + kLanes - 1) / kLanes * kLanes;
     float scale = 1.0f / std::sqrt(float(size));
-    const C* eight[kLanes];
+    Eight<C> eight;
     auto find = [&](void* all, int i) {  // beyond the last position, that again
-        for (int j = 0; j < kLanes; j++)
-            eight[j] = static_cast<const C*>(all) + l.slot(row, first + std::min(i + j, count - 1)) * n.kv_heads * size;
+        if (i) std::copy(eight.next, eight.next + kLanes, eight.now);
+        for (int j = i ? kLanes : 0; j < 2 * kLanes; j++)
+            (j < kLanes ? eight.now[j] : eight.next[j - kLanes]) =
+                static_cast<const C*>(all) + l.slot(row, first + std::min(i + j, count - 1)) * n.kv_heads * size;
     };
     for (int i = 0; i < padded; i += kLanes) {
         find(l.keys, i);
@@ -114,7 +129,10 @@ void attend(const Network& n, const Layer& l, const float* q, float* y, int row,
             Vec acc[kLanes] = {};
             for (int d = 0; d < size; d += kLanes) {
                 Vec query = load(q + head * size + d);
-                for (int j = 0; j < kLanes; j++) acc[j] += query * load(eight[j] + offset + d);
+                for (int j = 0; j < kLanes; j++) {
+                    acc[j] += query * load(eight.now[j] + offset + d);
+                    eight.fetch(j, offset + d);
+                }
             }
             store(scores + size_t(head) * padded + i, sums(acc) * scale);
         }

@@ -77,13 +77,15 @@ inline void put(float* to, Vec total, const float* scale, Epilogue epilogue) {  
     store(to, value);
 }
 
+// fetch: ask for the next O outputs' weights meanwhile. They are too few for the processor to notice how they go on, and
+// waiting for them would take as long as the arithmetic.
 template <typename W, int O, int B>
-inline void tile(const W* w, const float* x, float* y, int in, int out, const float* scale, Epilogue epilogue) {
+inline void tile(const W* w, const float* x, float* y, int in, int out, const float* scale, Epilogue epilogue, bool fetch) {
     Vec acc[O][B] = {};
     for (int i = 0; i < in; i += kLanes) {
         Vec v[B];
         for (int b = 0; b < B; b++) v[b] = load(x + size_t(b) * in + i);
-        if (B == 1 && i * sizeof(W) % 64 == 0)  // the next rows: too short for the processor to notice how they go on
+        if (fetch && i * sizeof(W) % 64 == 0)
             for (int o = 0; o < O; o++) __builtin_prefetch(w + size_t(O + o) * in + i);
         for (int o = 0; o < O; o++) {
             Vec weight = load(w + size_t(o) * in + i);
@@ -98,14 +100,61 @@ inline void tile(const W* w, const float* x, float* y, int in, int out, const fl
 template <typename W, int O>
 inline void tiles(const W* w, const float* x, float* y, int rows, int in, int out, const float* s, Epilogue e) {
     int b = 0;
-    for (; b + 3 <= rows; b += 3) tile<W, O, 3>(w, x + size_t(b) * in, y + size_t(b) * out, in, out, s, e);
-    if (b + 2 == rows) tile<W, O, 2>(w, x + size_t(b) * in, y + size_t(b) * out, in, out, s, e);
-    if (b + 1 == rows) tile<W, O, 1>(w, x + size_t(b) * in, y + size_t(b) * out, in, out, s, e);
+    for (; b + 3 <= rows; b += 3) tile<W, O, 3>(w, x + size_t(b) * in, y + size_t(b) * out, in, out, s, e, b == 0);
+    if (b + 2 == rows) tile<W, O, 2>(w, x + size_t(b) * in, y + size_t(b) * out, in, out, s, e, b == 0);
+    if (b + 1 == rows) tile<W, O, 1>(w, x + size_t(b) * in, y + size_t(b) * out, in, out, s, e, b == 0);
 }
+
+#ifdef __AVX512F__
+// Two rows in one register, eight lanes each: the additions of `tile`, twice as many at a time.
+inline Wide both(Vec v) { return Wide(_mm512_castpd_ps(_mm512_broadcast_f64x4(_mm256_castps_pd(__m256(v))))); }
+
+constexpr int kMostPairs = 6;
+
+// Of x (rows, in), as (in / kLanes, pair, 2, kLanes). Without a partner a row is its own.
+inline void pair_up(const float* x, float* to, int rows, int in) {
+    int halves = (rows + 1) / 2 * 2;
+    for (int i = 0; i < in; i += kLanes)
+        for (int b = 0; b < halves; b++, to += kLanes) store(to, load(x + size_t(std::min(b, rows - 1)) * in + i));
+}
+
+template <typename W, int O, int P>
+inline void pair_tile(const W* w, const float* pairs, float* y, int rows, int in, int out, const float* scale, Epilogue epilogue) {
+    Wide acc[O][P] = {};
+    for (int i = 0; i < in; i += kLanes, pairs += P * kWide) {
+        if (i * sizeof(W) % 64 == 0)
+            for (int o = 0; o < O; o++) __builtin_prefetch(w + size_t(O + o) * in + i);
+        Wide v[P];
+        for (int p = 0; p < P; p++) v[p] = load_wide(pairs + p * kWide);
+        for (int o = 0; o < O; o++) {
+            Wide weight = both(load(w + size_t(o) * in + i));
+            for (int p = 0; p < P; p++) acc[o][p] += weight * v[p];
+        }
+    }
+    float all[O][P][kWide];
+    std::memcpy(all, acc, sizeof(all));
+    constexpr int Q = kLanes / 2;
+    for (int p = 0; p < P; p++)
+        for (int o = 0; o < O; o += Q) {
+            Vec halves[kLanes];
+            for (int j = 0; j < kLanes; j++) halves[j] = load(&all[o + j % Q][p][j / Q * kLanes]);
+            Vec totals = sums(halves);
+            for (int j = 0; j < (2 * p + 1 < rows ? kLanes : Q); j++)
+                put(y + size_t(2 * p + j / Q) * out + o + j % Q, totals[j], scale ? scale[o + j % Q] : 1.0f, epilogue);
+        }
+}
+
+template <typename W, int O, int P>
+void product_of_pairs(const Matrix& m, const float* pairs, float* y, int rows, int first, int last, Epilogue e) {
+    const W* w = static_cast<const W*>(m.data);
+    for (int o = first; o < last; o += O)
+        pair_tile<W, O, P>(w + size_t(o) * m.in, pairs, y + o, rows, m.in, m.out, m.scale ? m.scale + o : nullptr, e);
+}
+#endif
 
 // Many rows: lanes are rows, so that no vector has to be summed up. What `tile` adds in lane c is added here in pass c,
 // and the passes in the order in which `sum` adds the lanes: the same bits.
-constexpr int kMany = kWide == 16 ? 12 : 8;  // rows from which that is faster
+constexpr int kMany = kWide == 16 ? 25 : 8;  // rows from which that is fastest
 constexpr int kPassOutputs = 8, kPassVectors = kWide == 16 ? 2 : 1, kPassRows = kPassVectors * kWide;
 
 // Of x (rows, in), as (lane, in / kLanes, padded).
@@ -132,7 +181,9 @@ inline void passes(const float* w, const float* xt, float* y, int rows, int in, 
     Wide parts[kLanes][O][V];
     for (int c = 0; c < kLanes; c++) {
         Wide acc[O][V] = {};
-        for (int i = c; i < in; i += kLanes, xt += V * kWide) {
+        const float* next = w + size_t(O) * in + c * in;  // of the next outputs this pass asks for an eighth
+        for (int i = c; i < in; i += kLanes, xt += V * kWide, next += kLanes) {
+            if (i / kLanes % 2 == 0) __builtin_prefetch(next);
             Wide v[V];
             for (int j = 0; j < V; j++) v[j] = load_wide(xt + j * kWide);
             for (int o = 0; o < O; o++)
@@ -162,7 +213,7 @@ void product(const Matrix& m, const float* x, float* y, int rows, int first, int
     auto scale = [&](int o) { return m.scale ? m.scale + o : nullptr; };
     int o = first;
     if (rows == 1)
-        for (; o + 8 <= last; o += 8) tile<W, 8, 1>(w + size_t(o) * m.in, x, y + o, m.in, m.out, scale(o), e);
+        for (; o + 8 <= last; o += 8) tile<W, 8, 1>(w + size_t(o) * m.in, x, y + o, m.in, m.out, scale(o), e, true);
     for (; o + 4 <= last; o += 4) tiles<W, 4>(w + size_t(o) * m.in, x, y + o, rows, m.in, m.out, scale(o), e);
     for (; o < last; o++) tiles<W, 1>(w + size_t(o) * m.in, x, y + o, rows, m.in, m.out, scale(o), e);
 }
@@ -184,10 +235,36 @@ void product_of_many(const Matrix& m, const float* x, float* y, int rows, int fi
     product<W>(m, x, y, rows, whole, last, e);
 }
 
+#ifdef __AVX512F__
+// The same for up to 2 * kMostPairs rows. scratch: as many times m.in floats.
+template <typename W>
+void product_of_some(const Matrix& m, const float* x, float* y, int rows, int first, int last, Epilogue e, float* scratch) {
+    int whole = first + (last - first) / kLanes * kLanes;
+    pair_up(x, scratch, rows, m.in);
+    switch ((rows + 1) / 2) {  // outputs at once: with 16 to 24 sums no addition waits for another, and registers suffice
+        case 1: product_of_pairs<W, 8, 1>(m, scratch, y, rows, first, whole, e); break;
+        case 2: product_of_pairs<W, 8, 2>(m, scratch, y, rows, first, whole, e); break;
+        case 3: product_of_pairs<W, 8, 3>(m, scratch, y, rows, first, whole, e); break;
+        case 4: product_of_pairs<W, 4, 4>(m, scratch, y, rows, first, whole, e); break;
+        case 5: product_of_pairs<W, 4, 5>(m, scratch, y, rows, first, whole, e); break;
+        default: product_of_pairs<W, 4, kMostPairs>(m, scratch, y, rows, first, whole, e);
+    }
+    product<W>(m, x, y, rows, whole, last, e);
+}
+#endif
+
 template <typename W>
 void multiply_by(const Matrix& m, const float* x, float* y, int rows, int first, int last, Epilogue e, float* scratch) {
-    if (rows < kMany) product<W>(m, x, y, rows, first, last, e);
-    else product_of_many<W>(m, x, y, rows, first, last, e, scratch);
+#ifdef __AVX512F__
+    while (rows > 1) {
+        int part = std::min(rows, rows < kMany ? 2 * kMostPairs : kPassRows);
+        if (rows < kMany) product_of_some<W>(m, x, y, part, first, last, e, scratch);
+        else product_of_many<W>(m, x, y, part, first, last, e, scratch);
+        x += size_t(part) * m.in, y += size_t(part) * m.out, rows -= part;
+    }
+#endif
+    if (rows && rows < kMany) product<W>(m, x, y, rows, first, last, e);
+    else if (rows) product_of_many<W>(m, x, y, rows, first, last, e, scratch);
 }
 
 void multiply(const Matrix& m, const float* x, float* y, int rows, int thread, int threads, Epilogue e, float* scratch) {

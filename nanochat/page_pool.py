@@ -177,7 +177,6 @@ class PagePool:
 
     def ensure(self, wanted: Sequence[int]) -> None:
         """Have so many free pages of each group, which must fit."""
-        least = self._counts(self._context)
         for number, (group, count) in enumerate(zip(self.groups, wanted, strict=True)):
             needed = group.num_used + count
             if needed <= group.capacity:
@@ -186,7 +185,7 @@ class PagePool:
                 for other, (neighbour, others) in enumerate(zip(self.groups, wanted, strict=True)):
                     if neighbour is not group:
                         self._resize(other, neighbour.num_used + others)
-            roomy = max(needed, 2 * group.capacity, least[number])
+            roomy = max(needed, 2 * group.capacity, self._counts(self._context)[number])
             self._resize(number, max(needed, min(roomy, self._affordable(group))))
 
     def _affordable(self, group: PageGroup) -> int:

@@ -7,6 +7,7 @@ D head size, L layers.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,6 +37,7 @@ class RowCache:
         self.tables = [np.zeros((max_rows, group.ring), np.int32) for group in pool.groups]
         self._held = [np.zeros(max_rows, np.int64) for _ in pool.groups]  # pages of each row
         self.version = 0
+        self._rooms: tuple[int, list[int]] = -1, []  # tokens that each row has pages for, as of a version
         self.previous = None
         if config.use_smear:
             shape = (max_rows + _MOST_PADDING, 1, config.n_embd)
@@ -64,6 +66,14 @@ class RowCache:
         return f"prompts: {prompts}; decoding: {decoding}"
 
     # --- pages ---------------------------------------------------------------------------------------
+
+    def has_room(self, tokens: Sequence[int]) -> bool:
+        """Whether the rows can hold so many tokens each without another page: asked every step, so no arrays."""
+        if self._rooms[0] != self.version:
+            held = zip(self.pool.groups, self._held, strict=True)
+            rooms = [np.where(pages < group.ring, pages * PAGE, sys.maxsize) for group, pages in held]
+            self._rooms = self.version, np.min(rooms, axis=0)[: len(self.positions)].tolist()
+        return all(count <= room for count, room in zip(tokens, self._rooms[1], strict=True))
 
     def missing(self, tokens: Sequence[int]) -> list[int]:
         """Pages of each group that the first rows lack to hold so many tokens each; rows that have not begun lack all."""
@@ -97,6 +107,7 @@ class RowCache:
         self.positions.append(0)
         if self.previous is not None:
             self.previous[row] = 0
+        self.version += 1
         return row
 
     def remove_row(self, row: int) -> None:
@@ -140,7 +151,6 @@ class RowCache:
             held[row] = filled
         self._keep_previous(row, source)
         self.positions[row] = self.positions[source]
-        self.version += 1
         return row
 
     def _filled(self, number: int, row: int) -> int:

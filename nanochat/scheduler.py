@@ -179,6 +179,8 @@ class Scheduler:
     def _reserve(self, more: int = 0) -> bool:
         """Give all rows pages for their tokens and some more, if need be in place of prefixes; False if there is no room."""
         tokens = [request.num_tokens + more for request in self.running]
+        if self.cache.has_room(tokens):
+            return True
         if not self.prefixes.make_room(self.cache.missing(tokens)):
             return False
         self.cache.extend(tokens)

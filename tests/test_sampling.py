@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat import sampling
 from nanochat.native import load_library
 from nanochat.sampling import SamplingBatch, SamplingParams, sample, stream_key, top_logprobs, uniforms
 
@@ -69,26 +68,48 @@ def test_top_k_keeps_exactly_k_even_with_ties():
     assert sorted(found.tolist())[-2:] == pytest.approx([0.5, 0.5], abs=1e-3) and (found > 0).sum() == 2
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
-@given(rows=st.integers(1, 3), size=st.integers(1, 400), share=st.floats(0, 1), levels=st.integers(1, 1000))
-def test_the_largest_are_those_of_a_stable_sort(rows, size, share, levels):
-    logits = torch.randint(levels, (rows, size), generator=torch.Generator().manual_seed(size)).float()
-    logits[logits < 2] = -torch.inf
-    count = max(1, round(share * size))
-    values, ids = sampling._largest(logits, count)
-    wanted = logits.sort(dim=-1, descending=True, stable=True)
-    assert torch.equal(values, wanted.values[:, :count])
-    if load_library("cpu_top_k"):
-        assert torch.equal(ids, wanted.indices[:, :count])
-    else:
-        assert torch.equal(logits.gather(1, ids), values)
+def distribution(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """What SamplingParams mean, written down once more."""
+    order = np.argsort(-logits, kind="stable")[: params.top_k or None]
+    weights = np.exp((logits[order] - logits[order[0]]) / params.temperature)
+    probs = weights / weights.sum()
+    probs[weights < np.float32(params.min_p)] = 0
+    probs[(np.cumsum(probs) - probs >= params.top_p) & (params.top_p < 1)] = 0
+    whole = np.zeros(len(logits))
+    whole[order] = probs / probs.sum()
+    return whole
 
 
-def test_the_largest_of_what_is_no_number_are_still_ids():
-    values, ids = sampling._largest(torch.full((2, 70), torch.nan), 50)
-    assert values.shape == (2, 50) and all(
-        len(set(row)) == 50 and set(row) <= set(range(70)) for row in ids.tolist()
-    )
+@settings(max_examples=80, derandomize=True, deadline=None)
+@given(
+    size=st.integers(1, 400),
+    levels=st.integers(1, 1000),
+    share=st.floats(0, 1),
+    temperature=st.sampled_from([0.3, 1.0, 2.5]),
+    top_p=st.sampled_from([1.0, 0.9, 0.35]),
+    min_p=st.sampled_from([0.0, 0.03]),
+)
+def test_draws_follow_the_settings(size, levels, share, temperature, top_p, min_p):
+    rng = np.random.default_rng(size)
+    logits = rng.integers(levels, size=size) * rng.choice([8 / levels, 30 / levels]) + rng.normal() * 9
+    logits[1:][logits[1:] < np.quantile(logits, 0.1)] = -np.inf
+    top_k = max(1, round(share * size)) if share < 0.7 else None
+    logits = (
+        logits if top_k and load_library("cpu_sampling") else logits + 1e-4 * rng.permutation(size)
+    )  # no ties
+    params = SamplingParams(temperature, top_k, top_p=top_p, min_p=min_p)
+    logits = logits.astype(np.float32)
+    found = frequencies(torch.from_numpy(logits), params, 5000).numpy()
+    expected = distribution(logits.astype(float), params)
+    assert np.abs(found - expected).max() <= 2 / 5000 + 1e-9
+    assert not found[expected == 0].any()
+
+
+@pytest.mark.parametrize("top_k", [None, 50])
+def test_what_is_no_number_still_gives_an_id(top_k):
+    for value in (torch.nan, -torch.inf):
+        (chosen,) = draw(torch.full((1, 70), value), [SamplingParams(top_k=top_k)], [0.5])
+        assert 0 <= chosen < 70
 
 
 def test_top_k_zero_none_and_beyond_the_vocabulary_are_off():
