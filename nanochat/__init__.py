@@ -1,7 +1,7 @@
 """The library by layer, ground first: a module imports at its top level only from its own layer or those above it here.
 
 ground      common options configurator machine environment native terminal_log confidence
-text        tokenizer tokenizer_base tokenizer_hf tokenizer_files conversation
+text        tokenizer tokenizer_base tokenizer_hf tokenizer_files conversation samples
 data        download manifests hub dataset dataset_commands text_import tinyworld document_reader packing mixture prefetch
             dataloader chat_loader contamination
 network     network_config scaling sizing memory gpt parameter_groups head_loss head_products growth kv_cache

@@ -16,6 +16,7 @@ from torch import nn
 from nanochat.common import UserError
 from nanochat.gpt import GPT, MLP, Attention, Block, Embedding, Linear
 from nanochat.head_products import fp32_products
+from nanochat.samples import PARAGRAPHS
 
 KINDS = ("none", "int8")
 _SMALLEST = 32  # a smaller matrix, such as a gate, is not worth it
@@ -90,8 +91,6 @@ def _matrix_bytes(model: GPT) -> int:
 
 def _sample_ids(model: GPT, tokenizer: Any) -> tuple[list[int], int]:
     """Tokens of the sample paragraphs as far as the context goes, and the bytes that they stand for."""
-    from nanochat.interop.samples import PARAGRAPHS
-
     ids = tokenizer.encode("\n\n".join(PARAGRAPHS))[: min(model.config.sequence_len, 512) - 1]
     return [tokenizer.get_bos_token_id(), *ids], len(tokenizer.decode(ids).encode())
 

@@ -11,7 +11,7 @@ import torch
 from nanochat.common import UserError
 from nanochat.gpt import GPT
 from nanochat.interop.gguf_export import ALLOWED, export_gguf, mean_loss, read_gguf
-from nanochat.interop.samples import PARAGRAPHS
+from nanochat.samples import PARAGRAPHS
 from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
 from tests.toy_export import CLASSIC, VOCAB_SIZE, tokenizer, toy_model, trained
 
@@ -77,7 +77,7 @@ def test_names_settings_and_tokenizer(tmp_path):
 def test_the_template_without_its_tags_says_the_same(tmp_path):
     import jinja2
 
-    from nanochat.interop.samples import CONVERSATIONS
+    from nanochat.samples import CONVERSATIONS
 
     export_gguf(toy_model("grouped"), tokenizer(), tmp_path / "model.gguf", "f32")
     template = jinja2.Template(

@@ -9,7 +9,7 @@ import pytest
 
 from nanochat.common import UserError, read_json, write_json
 from nanochat.interop import hf_tokenizer
-from nanochat.interop.samples import CONVERSATIONS, PARAGRAPHS
+from nanochat.samples import CONVERSATIONS, PARAGRAPHS
 from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
 
 # Unicode ranges with letters, digits, marks, blanks, and signs that split patterns treat differently.

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 from nanochat.gpt import GPT
-from nanochat.interop.samples import PARAGRAPHS
+from nanochat.samples import PARAGRAPHS
 from nanochat.tokenizer import RustBPETokenizer
 from tests.toy_model import random_model
 

@@ -20,8 +20,8 @@ from nanochat.common import UserError, print0
 from nanochat.gpt import GPT, NORM_EPS, GPTConfig
 from nanochat.interop.hf_config import is_classic
 from nanochat.interop.hf_tokenizer import BOS, END_OF_ANSWER, chat_template
-from nanochat.interop.samples import PARAGRAPHS
 from nanochat.interop.weights import SIZES, fitted
+from nanochat.samples import PARAGRAPHS
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.tokenizer_base import SPLIT_PATTERN
 from nanochat.tokenizer_files import tokenizer_json

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nanochat.common import UserError, whole_file, write_json
 from nanochat.interop.imported import usable_tokenizer
-from nanochat.interop.samples import PROBES
+from nanochat.samples import PROBES
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.tokenizer_base import SPECIAL_TOKENS
 from nanochat.tokenizer_files import read_tokenizer_json, write_tokenizer_json

@@ -11,7 +11,7 @@ from nanochat.common import UserError, print0
 from nanochat.gpt import GPT
 from nanochat.interop.hf_config import is_classic
 from nanochat.interop.hf_tokenizer import first_difference
-from nanochat.interop.samples import CONVERSATIONS, PARAGRAPHS, PROBES
+from nanochat.samples import CONVERSATIONS, PARAGRAPHS, PROBES
 from nanochat.tokenizer import HuggingFaceTokenizer, RustBPETokenizer
 from nanochat.tokenizer_base import SPECIAL_TOKENS
 
