@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nanochat.gpt import GPT, NORM_EPS, SMEAR_CHANNELS, Attention, GPTConfig, Linear
 from nanochat.page_pool import PAGE
-from nanochat.quantize import Int8Linear, weight_layers
+from nanochat.quantize import QuantizedLinear, weight_layers
 
 if TYPE_CHECKING:
     from nanochat.row_cache import RowCache
@@ -210,7 +210,7 @@ class CudaDecoder:
     def _linear(
         self,
         x: Tensor,
-        layers: list[Linear | Int8Linear],
+        layers: list[Linear | QuantizedLinear],
         *,
         norm: bool = False,
         square: bool = False,
@@ -231,7 +231,7 @@ class CudaDecoder:
             y = F.relu(y).square_()
         return y if residual is None else residual + y
 
-    def _side_by_side(self, x: Tensor, layers: list[Linear | Int8Linear]) -> Tensor:
+    def _side_by_side(self, x: Tensor, layers: list[Linear | QuantizedLinear]) -> Tensor:
         out = x.new_empty(len(x), sum(layer.weight.size(0) for layer in layers))
         for layer, part in zip(
             layers, out.split([layer.weight.size(0) for layer in layers], dim=1), strict=True
@@ -243,11 +243,11 @@ class CudaDecoder:
         return out
 
     def _row(
-        self, x: Tensor, layers: list[Linear | Int8Linear], norm: bool, square: bool, residual: Tensor | None,
+        self, x: Tensor, layers: list[Linear | QuantizedLinear], norm: bool, square: bool, residual: Tensor | None,
         softcap: float,
     ) -> Tensor:  # fmt: skip
         weights = [layer.weight for layer in layers] * (3 // len(layers))
-        scaled = isinstance(layers[0], Int8Linear)
+        scaled = isinstance(layers[0], QuantizedLinear)
         scales = [getattr(layer, "scale", x) for layer in layers] * (3 // len(layers))
         if softcap:  # the head, whose padding is left out
             sizes = [self._model.config.vocab_size]

@@ -21,8 +21,9 @@ def matrix_row(
     """out = f(W x) for one row x of K numbers and W (num_outputs, K), each program BLOCK_N outputs; BLOCK_K >= K.
 
     PARTS = 3: W is w0, w1 and w2 below each other, the first two of n0 and n1 rows (multiples of BLOCK_N).
-    NORM: x is divided by its root mean square, which may as well happen after the product. SCALED: int8 weights with
-    a factor per output. f: the square of what is positive, a residual to add, or softcap * tanh(y / softcap).
+    NORM: x is divided by its root mean square, which may as well happen after the product. SCALED: int8 or e4m3
+    weights with a factor per output. f: the square of what is positive, a residual to add, or softcap * tanh(y /
+    softcap).
     """
     first = tl.program_id(0) * BLOCK_N
     w, scale, base = w0, s0, first * 0
@@ -34,7 +35,7 @@ def matrix_row(
     n, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     real, inside = first + n < num_outputs, k < K
     rows = w + (first - base + n).to(tl.int64)[:, None] * K
-    w_NK = tl.load(rows + k[None, :], mask=real[:, None] & inside[None, :], other=0)
+    w_NK = tl.load(rows + k[None, :], mask=real[:, None] & inside[None, :], other=0.0)
     x_K = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
     y = tl.sum(w_NK.to(tl.float32) * x_K[None, :], axis=1)
     if SCALED:

@@ -27,6 +27,22 @@ class WhichModel:
     device_type: str = option("", "cuda, mps or cpu; default the best there is")
 
 
+# How matrices may be kept while a model generates; see quantize.py.
+QUANTIZE_KINDS = ("none", "int8", "fp8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WhichWeights(WhichModel):
+    """Which checkpoint generates, and with how many bits of it."""
+
+    quantize: str = option(
+        "none",
+        "matrices in 8 bits; what that costs is printed. fp8 is as small as int8 and less exact, and needs an "
+        "NVIDIA GPU of compute capability 8.9 or more",
+        choices=QUANTIZE_KINDS,
+    )
+
+
 @dataclass(frozen=True)
 class StageConfig:
     """Settings of every stage that goes on from the model of an earlier one: mid-training, SFT, DPO and RL."""

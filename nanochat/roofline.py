@@ -16,7 +16,7 @@ from torch import nn
 
 from nanochat.common import synchronize
 from nanochat.gpt import GPT
-from nanochat.quantize import Int8Linear
+from nanochat.quantize import QuantizedLinear
 
 # Bytes/s of device memory by the vendors' data sheets; the first row whose substrings all occur in the name.
 _PEAK_BANDWIDTH: list[tuple[tuple[str, ...], float]] = [
@@ -79,7 +79,7 @@ class ModelCost:
         dtypes: Counter[str] = Counter()
         for tensor in stored:
             dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
-        matrices = [m for m in model.modules() if isinstance(m, nn.Linear | Int8Linear)]
+        matrices = [m for m in model.modules() if isinstance(m, nn.Linear | QuantizedLinear)]
         return cls(
             num_params=sum(dtypes.values()),
             param_dtypes=dict(dtypes),

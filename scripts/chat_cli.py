@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 from nanochat.common import UserError, autodetect_device_type, check_device, read_json, write_json
 from nanochat.configurator import option, run
 from nanochat.dialogue import Display, printable
-from nanochat.options import STAGES, WhichModel
+from nanochat.options import STAGES, WhichWeights
 
 if TYPE_CHECKING:
     from nanochat.dialogue import Dialogue, Reply
@@ -39,7 +39,7 @@ COMMANDS = (
 
 
 @dataclass(frozen=True)
-class Config(WhichModel):
+class Config(WhichWeights):
     source: str | None = option(
         None, "stage of the checkpoint; default: the last there is", short="i",
         choices=(*STAGES, None),
@@ -63,9 +63,6 @@ class Config(WhichModel):
     history: str = option("", "file that keeps the lines you typed; default: they are forgotten at the end")
     url: str = option("", "ask the server there instead of loading a model, such as http://127.0.0.1:8000")
     api_key: str = option("", "key for --url (or NANOCHAT_API_KEYS)")
-    quantize: str = option(
-        "none", "weights in fewer bits; what that costs is printed", choices=("none", "int8")
-    )
     speculate: int = option(0, "tokens to guess ahead from the conversation; faster where answers repeat it")
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from nanochat.common import UserError
 from nanochat.configurator import option, run
-from nanochat.options import STAGES, WhichModel
+from nanochat.options import STAGES, WhichWeights
 
 if TYPE_CHECKING:
     from nanochat.serve.launcher import Launcher
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Config(WhichModel):
+class Config(WhichWeights):
     num_gpus: int = option(1, "model replicas, one per GPU; 0 uses all", short="n")
     source: str | None = option(
         None, "stage of the checkpoint; default: the last there is", short="i", choices=(*STAGES, None)
@@ -37,9 +37,6 @@ class Config(WhichModel):
     port: int = option(8000, "TCP port", short="p")
     dtype: str | None = option(
         None, "compute dtype; None chooses", short="d", choices=("bfloat16", "float16", "float32")
-    )
-    quantize: str = option(
-        "none", "weights in fewer bits; what that costs is printed", choices=("none", "int8")
     )
     served_model_name: str = option("", "names in /v1/models, separated by commas")
     api_key: str = option("", "keys that clients must send, separated by commas (or NANOCHAT_API_KEYS)")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanochat.common import UserError, print0
 from nanochat.configurator import option, run
-from nanochat.options import STAGES, WhichModel
+from nanochat.options import STAGES, WhichWeights
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Config(WhichModel):
+class Config(WhichWeights):
     source: str = option(
         "base", "checkpoint family, or random weights", short="i", choices=(*STAGES, "random")
     )
@@ -47,7 +47,6 @@ class Config(WhichModel):
     repeats: int = option(3, "timed runs; medians are reported")
     warmup: int = option(8, "tokens of the untimed run before")
     dtype: str | None = option(None, "compute dtype; None chooses", short="d", choices=("bfloat16", "float16", "float32"))  # fmt: skip
-    quantize: str = option("none", "weights in fewer bits", choices=("none", "int8"))
     speculate: int = option(0, "tokens to guess ahead while one row runs")
     attn: str | None = option(None, "how a processor reads prompts, as NANOCHAT_ATTN: cpp or sdpa; default: the best there is")  # fmt: skip
     peer: str = option(

@@ -12,12 +12,13 @@ import torch
 
 from nanochat.cuda_decode import CudaDecoder
 from nanochat.gpt import GPT
-from nanochat.quantize import quantize
+from nanochat.quantize import replace_matrices
 from nanochat.row_cache import RowCache
 from tests.toy_model import begun_cache, random_model, row_contents
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+KINDS = ("int8", "fp8")
 WINDOWS = dict(sequence_len=96, short_window_divisor=12, short_window_multiple=8)
 
 
@@ -66,14 +67,11 @@ def test_windows_and_their_rings():
 
 @torch.inference_mode()
 @pytest.mark.parametrize("lengths", [[6], [6, 9]])
-def test_int8(lengths):
-    check(_int8("modern"), lengths, len(lengths), 1)
-
-
-def _int8(architecture: str) -> GPT:
-    model = small_model(architecture)
-    quantize(model, "int8")
-    return model
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantised(kind, lengths):
+    model = small_model("modern")
+    replace_matrices(model, kind)
+    check(model, lengths, len(lengths), 1)
 
 
 @torch.inference_mode()
