@@ -28,6 +28,8 @@ _PROGRAMS = 1024  # attention is split into about so many, several for each mult
 _MAX_PARTS = 64
 _LOG2_E = 1.4426950408889634
 _IN_FLIGHT = 8  # copies of ids, positions and tables that the GPU may not have read yet
+_MOST_ROWS = 64  # that quantised matrices are multiplied with as they lie; beyond, they are widened first
+_ENOUGH = 264  # programs of such a product, two for each multiprocessor of an H100; below, K is split
 
 
 def bucket(rows: int) -> int:
@@ -52,6 +54,7 @@ class CudaDecoder:
         self._generation = -1
         self._loaded: tuple[int, int] | None = None  # version and rows of the tables
         self._steps = 0
+        self._arrived = torch.zeros(_ENOUGH, dtype=torch.int32, device=self._device)
         self._on_device = nullcontext()
         if self._device.type == "cuda":  # Triton starts kernels on the current one, which may be another
             self._on_device = torch.cuda.device(self._device)
@@ -168,8 +171,6 @@ class CudaDecoder:
             middle = x if layer == config.n_layer // 2 else middle
         if config.use_backout:
             x = x - model.backout_lambda.to(x.dtype) * middle
-        if rows > 1:
-            return model.logits(F.rms_norm(x, (config.n_embd,), eps=NORM_EPS))
         return self._linear(x, [model.lm_head], norm=True, softcap=config.logit_softcap)
 
     def _attention(
@@ -222,6 +223,10 @@ class CudaDecoder:
             return self._row(x, layers, norm, square, residual, softcap)
         if norm:
             x = F.rms_norm(x, (x.size(1),), eps=NORM_EPS)
+        if type(layers[0]) is QuantizedLinear and len(x) <= _MOST_ROWS:
+            return self._rows(x, layers, square, residual, softcap)
+        if softcap:
+            return self._model.logits(x)
         if len(layers) > 1:
             return self._side_by_side(x, layers)
         if residual is not None and type(layers[0]) is Linear:
@@ -243,25 +248,63 @@ class CudaDecoder:
         return out
 
     def _row(
-        self, x: Tensor, layers: list[Linear | QuantizedLinear], norm: bool, square: bool, residual: Tensor | None,
-        softcap: float,
+        self, x: Tensor, layers: list[Linear | QuantizedLinear], norm: bool, square: bool,
+        residual: Tensor | None, softcap: float,
     ) -> Tensor:  # fmt: skip
-        weights = [layer.weight for layer in layers] * (3 // len(layers))
-        scaled = isinstance(layers[0], QuantizedLinear)
-        scales = [getattr(layer, "scale", x) for layer in layers] * (3 // len(layers))
-        if softcap:  # the head, whose padding is left out
-            sizes = [self._model.config.vocab_size]
-        else:
-            sizes = [layer.weight.size(0) for layer in layers]
-        out = x.new_empty(1, sum(sizes), dtype=torch.float32 if softcap else x.dtype)
+        out, weights, scales, sizes = self._operands(x, layers, softcap)
         block_n, block_k = 1 if sum(sizes) < 2560 else 2, 1 << (x.size(1) - 1).bit_length()
         self._kernels.matrix_row[(-(-sum(sizes) // block_n),)](
             x, *weights, *scales, x if residual is None else residual, out, *(sizes * 2)[:2], sum(sizes), NORM_EPS,
-            softcap or 1.0, K=x.size(1), PARTS=len(layers), NORM=norm, SQUARE=square, RESIDUAL=residual is not None,
-            SCALED=scaled, SOFTCAP=softcap > 0, BLOCK_N=block_n, BLOCK_K=block_k,
-            num_warps=min(max(block_n * block_k // 2048, 1), 8),
+            softcap or 1.0, K=x.size(1), PARTS=len(layers), NORM=norm, SQUARE=square,
+            RESIDUAL=residual is not None, SCALED=isinstance(layers[0], QuantizedLinear), SOFTCAP=softcap > 0,
+            BLOCK_N=block_n, BLOCK_K=block_k, num_warps=min(max(block_n * block_k // 2048, 1), 8),
         )  # fmt: skip
         return out
+
+    def _rows(
+        self, x: Tensor, layers: list[Linear | QuantizedLinear], square: bool, residual: Tensor | None,
+        softcap: float,
+    ) -> Tensor:  # fmt: skip
+        out, weights, scales, sizes = self._operands(x, layers, softcap)
+        blocks, parts, tile = _tiles(len(x), sizes, x.size(1), x.element_size())
+        sums = blocks * parts * tile["BLOCK_N"] * tile["BLOCK_M"] if parts > 1 else 0
+        partial = x.new_empty(sums, dtype=torch.float32)
+        self._kernels.matrix_rows[blocks, parts](
+            x, *weights, *scales, x if residual is None else residual, out, partial, self._arrived, len(x),
+            *(*sizes, 0, 0)[:3], softcap or 1.0, K=x.size(1), LAYERS=len(layers), SQUARE=square,
+            RESIDUAL=residual is not None, SOFTCAP=softcap > 0, PARTS=parts, **tile,
+        )  # fmt: skip
+        return out
+
+    def _operands(
+        self, x: Tensor, layers: list[Linear | QuantizedLinear], softcap: float
+    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[int]]:
+        """(out, weights, scales, outputs of each layer) for a kernel of three layers; one is given thrice."""
+        three = layers * (3 // len(layers))
+        weights, scales = [layer.weight for layer in three], [getattr(layer, "scale", x) for layer in three]
+        sizes = [layer.weight.size(0) for layer in layers]
+        if softcap:  # the head, whose padding is left out
+            sizes = [self._model.config.vocab_size]
+        out = x.new_empty(len(x), sum(sizes), dtype=torch.float32 if softcap else x.dtype)
+        return out, weights, scales, sizes
+
+
+def _tiles(rows: int, sizes: list[int], inputs: int, itemsize: int) -> tuple[int, int, dict[str, int]]:
+    """(blocks of outputs, parts of K, block sizes) of matrix_rows for activations of `itemsize` bytes.
+
+    Reasoned for H100 and H200, not timed. What is under way must cover latency times bandwidth: 0.7 us times
+    3.4 to 4.8 TB/s, 18 to 25 kB for each of 132 multiprocessors. A tile of 64 outputs and 128 inputs is 8 kB,
+    and of the four stages of a program three are under way: one program for each multiprocessor is just enough,
+    two are safe. 64 outputs are 16 for each of four warps, the least that a tensor core takes; each block reads
+    the activations once more, from the L2 cache. A part leaves 4 bytes for each row and output, so it must read
+    four times as many.
+    """
+    block_m, block_n, block_k = max(1 << (rows - 1).bit_length(), 16), 64, 256 // itemsize
+    blocks, steps = sum(-(-size // block_n) for size in sizes), -(-inputs // block_k)
+    parts = max(min(_ENOUGH // blocks, inputs // (16 * block_m)), 1)
+    parts = -(-steps // -(-steps // parts))  # none without a tile
+    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 4}
+    return blocks, parts, tile
 
 
 def _largest_score(config: GPTConfig) -> float:

@@ -1,5 +1,5 @@
 # pyright: reportOperatorIssue=false
-"""Triton kernels of the decode step: a matrix times one row, attention of one new token per row, and small sums.
+"""Triton kernels of the decode step: a matrix times one row or some, attention of one new token, small sums.
 
 One token at a time, a step is bound by how fast weights and keys come out of memory, and by how many kernels have
 to be started. So what lies between two reads of memory is done by the kernel that reads: norms, rotations,
@@ -49,6 +49,62 @@ def matrix_row(
     if SOFTCAP:
         y = softcap * (2.0 * tl.sigmoid(2.0 * y / softcap) - 1.0)
     tl.store(out + first + n, y.to(out.dtype.element_ty), mask=real)
+
+
+@triton.jit(do_not_specialize=["num_rows"])  # or each number of rows would be compiled twice
+def matrix_rows(
+    x, w0, w1, w2, s0, s1, s2, residual, out, partial, arrived, num_rows, n0, n1, n2, softcap,
+    K: tl.constexpr, LAYERS: tl.constexpr, SQUARE: tl.constexpr, RESIDUAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out = f(x W^T) for x (num_rows, K), num_rows <= BLOCK_M, and quantised W, read once; f as in matrix_row.
+
+    Program (block, part): BLOCK_N outputs of one layer over one part of K, weights widened in registers.
+    LAYERS = 3: W is w0, w1 and w2 below each other, of n0, n1 and n2 rows. PARTS > 1: sums go to `partial`
+    (blocks, PARTS, BLOCK_N, BLOCK_M), and the part of a block that comes last adds them up, in their order;
+    `arrived` (blocks,) counts them and is zero before and after.
+    """
+    tile, part = tl.program_id(0), tl.program_id(1)
+    w, scale, outputs, block, base = w0, s0, n0, tile, tile * 0
+    if LAYERS == 3:
+        blocks0, blocks1 = tl.cdiv(n0, BLOCK_N), tl.cdiv(n1, BLOCK_N)
+        if tile >= blocks0 + blocks1:
+            w, scale, outputs, block, base = w2, s2, n2, tile - blocks0 - blocks1, n0 + n1
+        elif tile >= blocks0:
+            w, scale, outputs, block, base = w1, s1, n1, tile - blocks0, n0
+    m, n, k = tl.arange(0, BLOCK_M), block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    w_rows, x_columns = w + n.to(tl.int64)[:, None] * K, x + m[None, :] * K
+    real_n, real_m = (n < outputs)[:, None], (m < num_rows)[None, :]
+    share: tl.constexpr = (K + BLOCK_K * PARTS - 1) // (BLOCK_K * PARTS) * BLOCK_K
+    begin = part * share
+    # Weights are the left operand: each warp has outputs of its own, so that no weight is widened by two.
+    y = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in range(begin, min(begin + share, K), BLOCK_K):
+        at = start + k
+        w_NK = tl.load(w_rows + at[None, :], mask=real_n & (at < K)[None, :], other=0.0)
+        x_KM = tl.load(x_columns + at[:, None], mask=real_m & (at < K)[:, None], other=0.0)
+        y = tl.dot(w_NK.to(x_KM.dtype), x_KM, y, input_precision="ieee")
+
+    if PARTS > 1:
+        cell = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m[None, :]
+        partial += tile * PARTS * BLOCK_N * BLOCK_M
+        tl.store(partial + part * BLOCK_N * BLOCK_M + cell, y)
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == PARTS - 1
+        tl.store(arrived + tile, 0, mask=last)
+        real_m = (m < tl.where(last, num_rows, 0))[None, :]
+        y = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        for number in range(PARTS):
+            y += tl.load(partial + number * BLOCK_N * BLOCK_M + cell, mask=real_n & real_m, other=0.0)
+    y *= tl.load(scale + n, mask=n < outputs, other=0.0)[:, None]
+    if SQUARE:
+        y = tl.where(y > 0, y * y, 0.0)
+    real, target = real_n & real_m, m[None, :] * (n0 + n1 + n2) + base + n[:, None]
+    if RESIDUAL:
+        y += tl.load(residual + target, mask=real, other=0.0).to(tl.float32)
+    if SOFTCAP:
+        y = softcap * (2.0 * tl.sigmoid(2.0 * y / softcap) - 1.0)
+    tl.store(out + target, y.to(out.dtype.element_ty), mask=real)
 
 
 @triton.jit

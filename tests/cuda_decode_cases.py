@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from nanochat.cuda_decode import CudaDecoder
-from nanochat.gpt import GPT
-from nanochat.quantize import replace_matrices
+from nanochat.gpt import GPT, NORM_EPS
+from nanochat.quantize import QuantizedLinear, replace_matrices
 from nanochat.row_cache import RowCache
 from tests.toy_model import begun_cache, random_model, row_contents
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
-KINDS = ("int8", "fp8")
+HALF = torch.bfloat16 if HAS_GPU else torch.float16  # bf16 products are wrong in the interpreter
+KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 WINDOWS = dict(sequence_len=96, short_window_divisor=12, short_window_multiple=8)
 
 
@@ -72,6 +73,38 @@ def test_quantised(kind, lengths):
     model = small_model("modern")
     replace_matrices(model, kind)
     check(model, lengths, len(lengths), 1)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("rows", "inputs", "sizes"),
+    [(1, 200, [90]), (2, 64, [33]), (7, 1288, [70]), (16, 1096, [64, 24, 40]), (33, 2056, [65])],
+)
+def test_products_of_quantised_matrices(rows, inputs, sizes, kind, dtype):
+    """With all that is fused; odd sizes, K in one part and in several, one layer and three."""
+    torch.manual_seed(rows)
+    decoder = CudaDecoder(small_model("classic", vocab_size=31), use_graphs=False)
+    linears = [torch.nn.Linear(inputs, size, bias=False, device=DEVICE) for size in sizes]
+    layers = [QuantizedLinear(linear, KINDS[kind]) for linear in linears]
+    matrix = torch.cat([layer.weight.double() * layer.scale[:, None].double() for layer in layers])
+    x = torch.randn(rows, inputs, device=DEVICE).to(dtype)
+    residual = torch.randn(rows, sum(sizes), device=DEVICE).to(dtype)
+    exact = x.double() @ matrix.t()
+    normed = x.double() / (x.double().square().mean(1, keepdim=True) + NORM_EPS).sqrt()
+    capped = 15 * torch.tanh(normed @ matrix[:31].t() / 15)  # without the padding of the head
+    for given, expected in (
+        ({}, exact),
+        ({"residual": residual}, exact + residual),  # a second time in parts, whose count must begin at 0
+        ({"square": True}, exact.relu().square()),
+        *([({"norm": True, "softcap": 15.0}, capped)] if len(layers) == 1 else []),
+    ):
+        found = decoder._linear(x, layers, **given)
+        assert found.dtype == (torch.float32 if "softcap" in given else dtype)
+        error = max(torch.finfo(dtype).eps, 2e-6)
+        torch.testing.assert_close(found.double(), expected, atol=error, rtol=error)
+    assert not decoder._arrived.any()
 
 
 @torch.inference_mode()
