@@ -201,8 +201,9 @@ class CudaDecoder:
             table, gate = model.value_embeds[str(layer)].get_parameter("weight"), attn.ve_gate.weight
         self._kernels.attend[rows, heads, parts](
             q, k, v, keys, values, pages, positions, model.cos, model.sin, ids, table, x_in, gate, sums, partial,
-            qkv.stride(0), pages.stride(0), keys.stride(1), slots, attn.window, table.stride(0), x_in.stride(0), NORM_EPS, config.qk_scale, config.ve_gate_scale, _largest_score(config), GROUP=heads // kv_heads, DIM=dim,
-            GATE=config.ve_gate_channels if gated else 0, BLOCK=block, num_warps=4,
+            qkv.stride(0), pages.stride(0), keys.stride(1), slots, attn.window, table.stride(0), x_in.stride(0),
+            NORM_EPS, config.qk_scale, config.ve_gate_scale, _largest_score(config), GROUP=heads // kv_heads, DIM=dim,
+            GATE=config.ve_gate_channels if gated else 0, PAGE=PAGE, BLOCK=block, num_warps=4,
         )  # fmt: skip
         y = torch.empty_like(x)
         self._kernels.combine[(rows * heads,)](sums, partial, y, parts, DIM=dim, MAX_PARTS=_MAX_PARTS)
