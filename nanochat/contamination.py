@@ -133,7 +133,7 @@ def scan_shard(path: Path, index: Index) -> dict[int, Sighting]:
     hashes, found, row = WordHashes(), {}, 0
     with open_shard(path) as file:
         for group in range(file.num_row_groups):
-            for text in read_row_group(file, group):
+            for text in read_row_group(path, file, group):
                 for gram in index.find(hashes(text)).tolist():
                     found.setdefault(gram, Sighting(path.name, row))
                 row += 1

@@ -18,6 +18,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from nanochat.common import UserError, data_source
 from nanochat.manifests import CLIMBMIX, FINEWEB_EDU, NAMED_SETS, TINYWORLD, PretrainingSet, imported_set
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
 
@@ -148,7 +150,7 @@ def _is_hub_shard(path: Path) -> bool:
 
 
 def open_shard(path: Path, column: str = "text") -> pq.ParquetFile:
-    """Open a shard; a damaged file or one without the column of text is a UserError that names it."""
+    """Open a shard; a damaged file or one without a column of text is a UserError that names it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -159,12 +161,40 @@ def open_shard(path: Path, column: str = "text") -> pq.ParquetFile:
         raise UserError(f"cannot read {path}: {reason} Delete it and fetch it again") from None
     if column not in file.schema_arrow.names:
         raise UserError(f"{path} has no column `{column}`, only {', '.join(file.schema_arrow.names)}")
+    kind = file.schema_arrow.field(column).type
+    if not _is_text(kind):
+        raise UserError(f"{path}: column `{column}` holds {kind}, not text; write it anew with text there")
     return file
 
 
-def read_row_group(file: pq.ParquetFile, index: int) -> list[str]:
-    """The documents of one row group; a missing text is an empty document."""
-    return [text or "" for text in file.read_row_group(index, columns=["text"]).column("text").to_pylist()]
+def _is_text(kind: pa.DataType) -> bool:
+    import pyarrow.types as types
+
+    if types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
+@contextmanager
+def naming_damage(path: Path, row_group: int) -> Iterator[None]:
+    """Whatever pyarrow says of damaged bytes becomes a UserError that names file and row group."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"{path} is damaged: row group {row_group} cannot be read ({reason}). "
+            "Delete the file and fetch, generate or import it again"
+        ) from None
+
+
+def read_row_group(path: Path, file: pq.ParquetFile, index: int) -> list[str]:
+    """The documents of one row group of the open shard at path; a missing text is an empty document."""
+    with naming_damage(path, index):
+        column = file.read_row_group(index, columns=["text"]).column("text")
+        return [text or "" for text in column.to_pylist()]
 
 
 def parquets_iter_batched(
@@ -197,7 +227,7 @@ def _row_groups(files: Sequence[Path], start: int, step: int) -> Iterator[list[s
     for path in files:
         with open_shard(path) as file:
             for index in range(start, file.num_row_groups, step):
-                yield read_row_group(file, index)
+                yield read_row_group(path, file, index)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nanochat.common import UserError, hash_file
 from nanochat.configurator import option, run
-from nanochat.dataset import data_sets_in_use, list_parquet_files, open_shard
+from nanochat.dataset import data_sets_in_use, list_parquet_files, open_shard, read_row_group
 from nanochat.download import Facts, check_space, fetch, hub_endpoint, locked, part_size
 from nanochat.manifests import (
     NAMED_SETS,
@@ -233,7 +233,9 @@ def _verify(folder: Path, num_workers: int) -> None:
         if path.name in known:
             return known[path.name].problem(path)
         try:
-            open_shard(path).close()
+            with open_shard(path) as file:
+                for index in range(file.num_row_groups):
+                    read_row_group(path, file, index)
         except UserError as error:
             return str(error)
         return ""

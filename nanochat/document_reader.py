@@ -56,8 +56,9 @@ class DocumentReader:
         """Documents by their keys, in this order."""
         for (epoch, index, row_group), group in groupby(keys, lambda key: key[:3]):
             rows = [key.row for key in group]
-            with open_shard(self._files[index]) as file:
-                texts = read_row_group(file, row_group)
+            path = self._files[index]
+            with open_shard(path) as file:
+                texts = read_row_group(path, file, row_group)
             first = DocumentKey(epoch, index, row_group, 0)
             tokens = self._encode([texts[row] for row in rows])
             yield from ((first._replace(row=row), ids) for row, ids in zip(rows, tokens, strict=True))
@@ -68,9 +69,10 @@ class DocumentReader:
         while True:
             num_documents = 0
             for index in range(first_file, len(self._files)):
-                with open_shard(self._files[index]) as file:
+                path = self._files[index]
+                with open_shard(path) as file:
                     for group in range(first_group, file.num_row_groups):
-                        texts = read_row_group(file, group)
+                        texts = read_row_group(path, file, group)
                         num_documents += len(texts)
                         yield from self._slices_of(texts, DocumentKey(epoch, index, group, first_row))
                         first_row = 0

@@ -24,7 +24,7 @@ from typing import Any
 
 from nanochat.common import UserError, hash_file, whole_file, write_json
 from nanochat.configurator import option
-from nanochat.dataset import open_shard
+from nanochat.dataset import naming_damage, open_shard
 from nanochat.download import check_space
 from nanochat.manifests import MANIFEST, NAMED_SETS, imported_set
 
@@ -178,11 +178,10 @@ def _kind(path: Path) -> str:
 
 def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
     with open_shard(path, text_field) as file:
-        for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=[text_field]):
-            for row, text in enumerate(batch.column(0).to_pylist()):
-                if text is not None and not isinstance(text, str):
-                    raise UserError(f"{path}: {text_field} of row {row} is a {type(text).__name__}, not text")
-                yield text or ""
+        for group in range(file.num_row_groups):
+            with naming_damage(path, group):
+                for batch in file.iter_batches(ROWS_PER_GROUP, row_groups=[group], columns=[text_field]):
+                    yield from (text or "" for text in batch.column(0).to_pylist())
 
 
 def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:

@@ -13,7 +13,7 @@ import pytest
 
 from nanochat import dataset_commands
 from nanochat.configurator import run
-from tests.toy_data import write_shard
+from tests.toy_data import damage_row_group, write_shard
 from tests.training import defaults, run_here
 
 
@@ -26,10 +26,15 @@ def dataset_command(capsys, *arguments: str) -> str:
 
 def stage_command(capsys, stage: str, **changes) -> str:
     """The only line of trouble of a training script, which must fail."""
-    module = importlib.import_module(f"scripts.{stage}")
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in (defaults(stage) | changes).items()]
+    return script(capsys, stage, **(defaults(stage) | changes))
+
+
+def script(capsys, name: str, **flags) -> str:
+    """The only line of trouble of a script, which must fail."""
+    module = importlib.import_module(f"scripts.{name}")
+    arguments = [f"--{flag.replace('_', '-')}={value}" for flag, value in flags.items()]
     with pytest.raises(SystemExit) as stopped:
-        run(module.Config, module.main, flags)
+        run(module.Config, module.main, arguments)
     return one_line(stopped.value.code, capsys)
 
 
@@ -97,6 +102,33 @@ def test_training_on_shards_without_a_text_column(own_data, capsys):
     for name in ("a.parquet", "b.parquet"):
         pq.write_table(pa.table({"body": ["x"]}), own_data / name)
     assert "a.parquet has no column `text`, only body" in stage_command(capsys, "base_train")
+
+
+def test_a_text_column_that_holds_numbers(own_data, capsys):
+    for name in ("a.parquet", "b.parquet"):
+        pq.write_table(pa.table({"text": [1, 2]}), own_data / name)
+    for line in (stage_command(capsys, "base_train"), script(capsys, "tok_train", vocab_size=300)):
+        assert "a.parquet: column `text` holds int64, not text" in line
+
+
+def test_a_damaged_row_group_is_named(own_data, capsys):
+    """Of a training shard in tok_train, base_train and verify, of the validation shard in base_eval."""
+    groups = [[f"{group} text {i} of many words" for i in range(300)] for group in "123"]
+    for name in ("a.parquet", "b.parquet"):
+        write_shard(own_data / name, groups)
+    run_here("base_train", num_iterations=1, eval_every=-1)
+    damage_row_group(own_data / "b.parquet", 0)
+    small = {"eval": "bpb", "device_batch_size": 2, "split_tokens": 1024, "device_type": "cpu"}
+    assert f"{own_data / 'b.parquet'} is damaged: row group 0" in script(capsys, "base_eval", **small)
+    damage_row_group(own_data / "a.parquet", 1)
+    lines = [
+        script(capsys, "tok_train", vocab_size=300),
+        stage_command(capsys, "base_train", num_iterations=50, eval_every=-1, resume="never"),
+    ]
+    for line in lines:
+        assert f"{own_data / 'a.parquet'} is damaged: row group 1 cannot be read (" in line
+        assert "Delete the file and fetch, generate or import it again" in line
+    assert "2 of 2 shards" in dataset_command(capsys, "verify")
 
 
 def test_training_on_an_empty_data_set(own_data, capsys):

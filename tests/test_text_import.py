@@ -18,6 +18,7 @@ from nanochat import dataset, text_import
 from nanochat.common import UserError, read_json
 from nanochat.manifests import imported_set
 from nanochat.text_import import Config, find_files, import_text, read_documents, write_shards
+from tests.toy_data import damage_row_group, write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -166,8 +167,16 @@ def test_a_parquet_file_without_the_column(tmp_path, base):
     pq.write_table(pa.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet has no column `text`, only body, n"):
         import_text(Config(name="mine", files=str(tmp_path / "a.parquet")))
-    with pytest.raises(UserError, match="n of row 0 is a int, not text"):
+    with pytest.raises(UserError, match=r"a\.parquet: column `n` holds int64, not text"):
         import_text(Config(name="mine", files=str(tmp_path / "a.parquet"), text_field="n"))
+
+
+def test_a_parquet_file_with_a_damaged_row_group(tmp_path, base):
+    groups = [[f"document {i} of {group}" for i in range(99)] for group in "ab"]
+    path = write_shard(tmp_path / "a.parquet", groups)
+    damage_row_group(path, 1)
+    with pytest.raises(UserError, match=r"a\.parquet is damaged: row group 1 cannot be read"):
+        import_text(Config(name="mine", files=str(path)))
 
 
 def test_nothing_to_read_and_bad_settings(tmp_path, base):

@@ -218,6 +218,8 @@ def test_regenerating_replaces_the_old_world(tmp_path: Path, monkeypatch: pytest
     assert is_generated(tmp_path, 1, 20_000) and not is_generated(tmp_path, 0, 20_000)
     generate(tmp_path, seed=0, chars=20_000)
     assert is_generated(tmp_path, 0, 20_000) and not stale.exists()
+    (tmp_path / "base_data" / "shard_00000.parquet").unlink()
+    assert not is_generated(tmp_path, 0, 20_000)
 
 
 @pytest.mark.parametrize("wrong", [{"seed": -1}, {"chars": 10}])

@@ -29,6 +29,16 @@ def write_shard(path: Path, row_groups: Sequence[Sequence[str]]) -> Path:
     return path
 
 
+def damage_row_group(path: Path, index: int) -> None:
+    """Flip bytes in the pages of a row group; the footer stays as it is."""
+    column = pq.ParquetFile(path).metadata.row_group(index).column(0)
+    start = column.dictionary_page_offset or column.data_page_offset
+    content = bytearray(path.read_bytes())
+    for position in range(start + column.total_compressed_size // 3, start + column.total_compressed_size):
+        content[position] ^= 0xFF
+    path.write_bytes(content)
+
+
 class ByteTokenizer:
     """Token 0 is BOS, token b + 1 is the byte b."""
 

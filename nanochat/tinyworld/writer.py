@@ -59,4 +59,7 @@ def is_generated(root: Path, seed: int, chars: int) -> bool:
     if not (root / MARK).exists():
         return False
     record = read_json(root / MARK)
+    num_shards = len(list((root / "base_data").glob("*.parquet")))
+    if num_shards < record["text"]["shards"]:  # a damaged one was deleted
+        return False
     return [record.get(key) for key in ("format", "seed", "chars")] == [sizes.FORMAT_VERSION, seed, chars]
