@@ -6,9 +6,10 @@ python -m scripts.base_eval --hf-path=openai-community/gpt2 --eval=core     # se
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanochat.common import UserError, get_base_dir, read_json, whole_file, write_json
 from nanochat.configurator import option, run
@@ -63,6 +64,7 @@ def evaluate(cfg: Config, section: str) -> None:
     """Evaluate as configured and log the section of the report."""
     from nanochat.common import data_source, distributed, print0
     from nanochat.report import get_report
+    from nanochat.validation_data import find_validation_data, warn_of_other_validation_data
 
     modes = parse_modes(cfg.eval)
     with distributed(cfg.device_type) as world:
@@ -72,6 +74,8 @@ def evaluate(cfg: Config, section: str) -> None:
         covers: dict[str, int] = {}
         samples = sample(subject, world) if "sample" in modes else {}
         if "bpb" in modes:
+            meta = subject.checkpoint.meta if subject.checkpoint else {}
+            warn_of_other_validation_data(meta, find_validation_data(world))
             results |= {f"{s} bpb": bits_per_byte(cfg, subject, s, world) for s in ("train", "val")}
             covers["tokens"] = cfg.split_tokens
         centered: dict[str, float] = {}
@@ -110,7 +114,7 @@ def load_subject(cfg: Config, world: World) -> Subject:
     from nanochat.tokenizer import get_token_bytes
 
     directory, step = locate("base", cfg.model_tag, cfg.step, contents=False)
-    model, tokenizer, _ = load_model("base", world.device, "eval", directory.name, step)
+    model, tokenizer, meta = load_model("base", world.device, "eval", directory.name, step)
     return Subject(
         f"base model {directory.name} (step {step})", f"base_model_{step:06d}", model, tokenizer, tokenizer,
         get_token_bytes(world.device, tokenizer), model.config.sequence_len,
@@ -131,7 +135,7 @@ def _load_hugging_face(path: str, world: World) -> Subject:
     slug = path.strip("/").replace("/", "-")
     return Subject(
         path, slug, model, tokenizer, DocumentEncoder(tokenizer), token_bytes(tokenizer).to(world.device),
-        context if context <= LONGEST_ROW else ROW, get_base_dir() / "base_eval" / f"{slug}.json",
+        context if context <= LONGEST_ROW else ROW, get_base_dir() / "base_eval" / f"{slug}.json", {},
     )  # fmt: skip
 
 

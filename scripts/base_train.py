@@ -118,6 +118,7 @@ def main(cfg: Config) -> None:
     from nanochat.stage import announce, announce_batch, announce_model, finish
     from nanochat.tokenizer import get_tokenizer
     from nanochat.trainer import TrainingPlan, train
+    from nanochat.validation_data import KEY, find_validation_data, same_validation_data
 
     with distributed(cfg.device_type, cfg.seed) as world:
         precision, compiled = announce(world, cfg.compile, cfg.precision)
@@ -125,6 +126,9 @@ def main(cfg: Config) -> None:
             dry_run(cfg, world, precision.dtype, compiled)
             return
         directory, initial, resume_from = find_start(cfg, world)
+        validation_data = find_validation_data(world)
+        if resume_from is not None:
+            validation_data = same_validation_data(resume_from.meta, validation_data, cfg.eval_every > 0)
         origin = resume_from or initial
         tokenizer = get_tokenizer() if origin is None else origin.tokenizer()
         model = start_model(cfg, origin, tokenizer.get_vocab_size(), world.device, precision.dtype)
@@ -168,6 +172,7 @@ def main(cfg: Config) -> None:
                 "max_seq_len": length,
                 "device": device_name(world.device),
                 "lr_scale": scale,
+                KEY: validation_data,
             },
         )
         make_loader = partial(PretrainLoader, tokenizer, rows, length, "train", world, packing=cfg.packing)
