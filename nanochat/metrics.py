@@ -109,10 +109,12 @@ def _start_wandb(project: str, run: str, config: dict):
 class StatusLine:
     """The progress of a loop: one line that is overwritten on a terminal, a line now and then in a log."""
 
+    _open = False  # of all together, as a terminal has one line: whether it may be overwritten
+
     def __init__(self, every_seconds: float = 5.0, is_main: bool = True) -> None:
         self._is_terminal = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         self._every = 0.1 if self._is_terminal else every_seconds
-        self._is_main, self._last, self._open = is_main, 0.0, False
+        self._is_main, self._last = is_main, 0.0
 
     def show(self, text: str, final: bool = False) -> None:
         """Show the newest state; `final` states are always shown and kept."""
@@ -122,7 +124,7 @@ class StatusLine:
         self._last = now
         if self._is_terminal:
             print(f"\r\x1b[K{text}", end="\n" if final else "", flush=True)
-            self._open = not final
+            StatusLine._open = not final
         else:
             print(text, flush=True)
 
@@ -132,7 +134,7 @@ class StatusLine:
             return
         if self._open:
             print(flush=True)
-            self._open = False
+            StatusLine._open = False
         print(text, flush=True)
 
 

@@ -10,6 +10,9 @@ from nanochat.configurator import as_dict, option
 # When a run saves whatever its flags say; see training_run.
 SAVED = "one at the end, one when interrupted, and one before an evaluation after ten minutes without"
 
+# Of text, for bits per byte: what a CPU measures by default, in minutes. GPUs measure what takes a CPU hours.
+CPU_TOKENS = 524_288
+
 # What is trained, in order, and the folder of its checkpoints.
 STAGE_FOLDERS = {
     "base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints",

@@ -6,14 +6,13 @@ python -m scripts.base_eval --hf-path=openai-community/gpt2 --eval=core     # se
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanochat.common import UserError, get_base_dir, read_json, whole_file, write_json
 from nanochat.configurator import option, run
-from nanochat.options import WhichModel
+from nanochat.options import CPU_TOKENS, WhichModel
 from scripts.base_train import PROMPTS
 
 if TYPE_CHECKING:
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 MODES = ("core", "bpb", "sample")
 # Tokens in a row of bits per byte of a Hugging Face model: its context, unless it names none or one beyond training here.
 ROW, LONGEST_ROW = 1024, 8192
+TOKENS = 40 * 524288  # of a split
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,10 @@ class Config(WhichModel):
     hf_path: str | None = option(None, "a Hugging Face model to evaluate instead of our own")
     max_per_task: int = option(-1, "examples per CORE task; -1 = all", least=1, off=-1)
     device_batch_size: int = option(32, "rows per forward pass and rank, for bits per byte", least=1)
-    split_tokens: int = option(40 * 524288, "tokens per split, for bits per byte", least=1)
+    split_tokens: int | None = option(
+        None, f"tokens per split, for bits per byte; auto: {TOKENS:,}, on a CPU {CPU_TOKENS:,}",
+        none="auto", least=1,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,10 @@ def main(cfg: Config) -> None:
     evaluate(cfg, "Base model evaluation")
 
 
-def evaluate(cfg: Config, section: str) -> None:
-    """Evaluate as configured and log the section of the report."""
+def evaluate(cfg: Config, section: str, usual_tokens: int = TOKENS) -> None:
+    """Evaluate as configured and log the section of the report. usual_tokens: of a split, not on a CPU."""
     from nanochat.common import data_source, distributed, print0
+    from nanochat.loss_eval import tokens_by_default
     from nanochat.report import get_report
     from nanochat.validation_data import find_validation_data, warn_of_other_validation_data
 
@@ -76,8 +80,10 @@ def evaluate(cfg: Config, section: str) -> None:
         if "bpb" in modes:
             meta = subject.checkpoint.meta if subject.checkpoint else {}
             warn_of_other_validation_data(meta, find_validation_data(world))
-            results |= {f"{s} bpb": bits_per_byte(cfg, subject, s, world) for s in ("train", "val")}
-            covers["tokens"] = cfg.split_tokens
+            tokens = cfg.split_tokens or tokens_by_default(usual_tokens, world.device)
+            for split in ("train", "val"):
+                results[f"{split} bpb"] = bits_per_byte(cfg, subject, split, tokens, world)
+            covers["tokens"] = tokens
         centered: dict[str, float] = {}
         if "core" in modes:
             centered, covers["CORE examples"] = core(cfg, subject, world, results)
@@ -114,7 +120,7 @@ def load_subject(cfg: Config, world: World) -> Subject:
     from nanochat.tokenizer import get_token_bytes
 
     directory, step = locate("base", cfg.model_tag, cfg.step, contents=False)
-    model, tokenizer, meta = load_model("base", world.device, "eval", directory.name, step)
+    model, tokenizer, _ = load_model("base", world.device, "eval", directory.name, step)
     return Subject(
         f"base model {directory.name} (step {step})", f"base_model_{step:06d}", model, tokenizer, tokenizer,
         get_token_bytes(world.device, tokenizer), model.config.sequence_len,
@@ -135,7 +141,7 @@ def _load_hugging_face(path: str, world: World) -> Subject:
     slug = path.strip("/").replace("/", "-")
     return Subject(
         path, slug, model, tokenizer, DocumentEncoder(tokenizer), token_bytes(tokenizer).to(world.device),
-        context if context <= LONGEST_ROW else ROW, get_base_dir() / "base_eval" / f"{slug}.json", {},
+        context if context <= LONGEST_ROW else ROW, get_base_dir() / "base_eval" / f"{slug}.json",
     )  # fmt: skip
 
 
@@ -164,8 +170,8 @@ def sample(subject: Subject, world: World) -> dict[str, str]:
     return texts
 
 
-def bits_per_byte(cfg: Config, subject: Subject, split: str, world: World) -> float:
-    """Bits per byte of a split, over a whole number of steps. Collective."""
+def bits_per_byte(cfg: Config, subject: Subject, split: str, tokens: int, world: World) -> float:
+    """Bits per byte of that many tokens of a split, or of the whole number of steps in them. Collective."""
     from contextlib import closing
 
     from nanochat.common import print0
@@ -174,14 +180,15 @@ def bits_per_byte(cfg: Config, subject: Subject, split: str, world: World) -> fl
 
     rows, length = cfg.device_batch_size, subject.seq_len
     per_step = rows * length * world.size
-    steps = cfg.split_tokens // per_step
+    steps = tokens // per_step
     if steps < 1:
         raise UserError(
-            f"--split-tokens={cfg.split_tokens:,} is less than one step of {per_step:,} tokens "
+            f"--split-tokens={tokens:,} is less than one step of {per_step:,} tokens "
             f"({rows} rows x {length} tokens x {world.size} ranks); lower --device-batch-size"
         )
-    if steps * per_step != cfg.split_tokens:
-        print0(f"split tokens: {cfg.split_tokens:,} rounded down to {steps * per_step:,}")
+    if steps * per_step != tokens:
+        print0(f"split tokens: {tokens:,} rounded down to {steps * per_step:,}")
+    print0(f"{split} bpb of {steps * per_step:,} tokens, in {steps:,} batches of {per_step:,}:")
     with closing(PretrainLoader(subject.encoder, rows, length, split, world)) as loader:
         bpb = evaluate_bpb(subject.model, loader, steps, subject.token_bytes, world)
     print0(f"{split} bpb: {bpb:.6f}")

@@ -8,13 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nanochat.configurator import option, run
+from nanochat.options import CPU_TOKENS
 from scripts import base_eval
+
+TOKENS = 20 * 524288  # of a split
 
 
 @dataclass(frozen=True)
 class Config:
     device_batch_size: int = option(32, "rows per forward pass and rank", least=1)
-    split_tokens: int = option(20 * 524288, "tokens per split", least=1)
+    split_tokens: int | None = option(
+        None, f"tokens per split; auto: {TOKENS:,}, on a CPU {CPU_TOKENS:,}", none="auto", least=1
+    )
     model_tag: str | None = option(None, "checkpoint folder; default the largest model")
     model_step: int | None = option(None, "step of the checkpoint; default the last")
     device_type: str = option("", "cuda, mps or cpu; default the best there is")
@@ -30,7 +35,7 @@ def main(cfg: Config) -> None:
         split_tokens=cfg.split_tokens,
         device_type=cfg.device_type,
     )
-    base_eval.evaluate(settings, "Base model loss")
+    base_eval.evaluate(settings, "Base model loss", usual_tokens=TOKENS)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from nanochat.configurator import as_dict, option, run
-from nanochat.options import SAVED
+from nanochat.options import CPU_TOKENS, SAVED
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,6 +38,7 @@ PROMPTS = (
     "My favorite color is",
     "If 5*x + 3 = 13, then x is",
 )
+EVAL_TOKENS = 80 * 524288
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ class Config:
     packing: str = option("bestfit", "rows start with BOS, or one stream", choices=("bestfit", "stream"))
     # evaluation
     eval_every: int = option(250, "steps between validations; -1: off")
-    eval_tokens: int = option(80 * 524288, "validation tokens", least=1)
+    eval_tokens: int | None = option(
+        None, f"validation tokens; auto: {EVAL_TOKENS:,}, on a CPU {CPU_TOKENS:,}", none="auto", least=1
+    )
     core_metric_every: int = option(2000, "steps between CORE evaluations; -1: off")
     core_metric_max_per_task: int = option(500, "examples per CORE task; -1: all", least=1, off=-1)
     sample_every: int = option(2000, "steps between samples; -1: off")
@@ -337,15 +340,16 @@ def evaluations(
     from nanochat.core_eval import evaluate_core
     from nanochat.dataloader import PretrainLoader
     from nanochat.engine import Engine, SamplingParams
-    from nanochat.loss_eval import evaluate_bpb
+    from nanochat.loss_eval import evaluate_bpb, tokens_by_default
     from nanochat.tokenizer import get_token_bytes
     from nanochat.training_run import Evaluation
 
     token_bytes = get_token_bytes(world.device, tokenizer)
+    tokens = cfg.eval_tokens or tokens_by_default(EVAL_TOKENS, world.device)
 
     def bits_per_byte() -> dict:
         loader = PretrainLoader(tokenizer, rows, cfg.max_seq_len, "val", world)
-        batches = max(cfg.eval_tokens // (rows * cfg.max_seq_len * world.size), 1)
+        batches = max(tokens // (rows * cfg.max_seq_len * world.size), 1)
         bpb = evaluate_bpb(model, loader, batches, token_bytes, world)
         loader.close()
         return {"val/bpb": bpb}

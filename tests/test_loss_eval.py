@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanochat.common import World
-from nanochat.loss_eval import evaluate_bpb
+from nanochat.loss_eval import evaluate_bpb, tokens_by_default
 from tests.toy_data import make_world
 
 TOKEN_BYTES = torch.tensor([0, 1, 2, 3], dtype=torch.int32)  # token 0 is special
@@ -31,6 +31,25 @@ def test_special_and_ignored_targets_count_neither_as_loss_nor_as_bytes():
     model = TableModel({-1: math.inf, 0: math.inf, 1: 0.5, 2: 1.0, 3: 1.5})
     bpb = evaluate_bpb(model, _batches([0, 1, -1, 2], [3, 3, 0, -1]), 2, TOKEN_BYTES, make_world())
     assert bpb == pytest.approx((0.5 + 1.0 + 1.5 + 1.5) / (math.log(2) * (1 + 2 + 3 + 3)), rel=1e-12)
+
+
+def test_a_long_evaluation_says_how_far_it_is(capsys, monkeypatch):
+    model = TableModel({1: 1.0})
+    evaluate_bpb(model, _batches([1], [1]), 2, TOKEN_BYTES, make_world())
+    assert not capsys.readouterr().out
+    monkeypatch.setattr("nanochat.loss_eval.QUIET_S", 0.0)
+    monkeypatch.setattr(
+        "nanochat.metrics.StatusLine.show", lambda self, text, final=False: print(text, final)
+    )
+    evaluate_bpb(model, _batches([1], [1]), 2, TOKEN_BYTES, make_world())
+    assert capsys.readouterr().out.splitlines() == [
+        "bits per byte: batch 1 of 2 | 0s left False", "bits per byte: batch 2 of 2 | 0s left True",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("device", "tokens"), [("cpu", 524_288), ("cuda", 40_000_000)])
+def test_a_cpu_measures_less_by_default(device, tokens):
+    assert tokens_by_default(40_000_000, torch.device(device)) == tokens
 
 
 def test_only_the_given_number_of_steps_is_taken():
