@@ -8,6 +8,7 @@ conversation's loss mask is 0 (what users and tools say). See nanochat/prefetch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
@@ -263,15 +264,23 @@ class ChatLoader:
 
 
 def count_rows(
-    tokenizer: ConversationTokenizer, task: Conversations, seq_len: int, *, mask: bool = True, epochs: int = 1
+    tokenizer: ConversationTokenizer,
+    task: Conversations,
+    seq_len: int,
+    *,
+    mask: bool = True,
+    epochs: int = 1,
+    report: Callable[[float], None] = lambda share: None,
 ) -> int:
     """Rows that a ChatLoader makes of a task, so that the number of steps is known before the first one.
 
-    Renders every conversation once per epoch.
+    Renders every conversation once per epoch. report: called after every row with the share that has been rendered.
     """
     packer = ChatPacker(tokenizer, task, seq_len, mask, epochs, _start(None, {}))
     while not packer.exhausted:
         packer.pack(None, None)
+        epoch, index = packer.snapshot().reader
+        report((epoch - 1 + index / len(task)) / epochs)
     return packer.snapshot().stats.rows
 
 

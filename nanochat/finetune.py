@@ -6,6 +6,7 @@ conversation in mid-training, what the assistant says in SFT.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -105,8 +106,9 @@ def finetune(
         rows = choose_rows(cfg, model, optimizer, beginning, world, length, total)
         accumulation = accumulation_steps(total, rows, length, world.size)
         announce_batch(total, rows, length, world, accumulation)
+        make_schedule(cfg, 1000)  # says what is wrong with its settings before the steps are counted
         train_task, val_task = mixture()
-        num_steps = count_steps(cfg, tokenizer, train_task, length, total, mask)
+        num_steps = count_steps(cfg, tokenizer, train_task, length, total, mask, world)
         schedule = make_schedule(cfg, num_steps)
         print0(f"{len(train_task):,} conversations, {num_steps:,} steps; {schedule.describe()}")
         bits_per_byte = validation(cfg, model, tokenizer, val_task, rows, length, world, mask)
@@ -197,14 +199,31 @@ def choose_rows(
 
 
 def count_steps(
-    cfg: FinetuneConfig, tokenizer: RustBPETokenizer, task: Conversations, length: int, total: int, mask: bool
+    cfg: FinetuneConfig,
+    tokenizer: RustBPETokenizer,
+    task: Conversations,
+    length: int,
+    total: int,
+    mask: bool,
+    world: World,
 ) -> int:
-    """Optimizer steps of the run: given, or as many as the packed rows of all epochs fill."""
+    """Optimizer steps of the run: given, or as many as the packed rows of all epochs fill, which takes a while."""
     from nanochat.chat_loader import count_rows
+    from nanochat.metrics import StatusLine, duration
 
     if cfg.num_iterations > 0:
         return cfg.num_iterations
-    rows = count_rows(tokenizer, task, length, mask=mask, epochs=cfg.num_epochs)
+    print0(f"packing {len(task):,} conversations to count the steps; --num-iterations goes without that")
+    status, started = StatusLine(is_main=world.is_main), time.monotonic()
+
+    def report(share: float) -> None:
+        left = (time.monotonic() - started) * (1 / share - 1)
+        status.show(f"counting the steps: {share:.0%} of the conversations packed | {duration(left)} left")
+
+    rows = count_rows(tokenizer, task, length, mask=mask, epochs=cfg.num_epochs, report=report)
+    status.show(
+        f"{rows:,} rows of {length:,} tokens, counted in {duration(time.monotonic() - started)}", final=True
+    )
     return max(rows // (total // length), 1)
 
 

@@ -274,7 +274,9 @@ def test_count_rows_tells_the_length_of_an_epoch():
     task = _task(8, 170)
     assert count_rows(TOKENIZER, task, 50) == len(_all(_loader(task, batch_size=1, seq_len=50, epochs=1)))
     twice = _all(_loader(task, batch_size=1, seq_len=50, epochs=2))
-    assert count_rows(TOKENIZER, task, 50, epochs=2) == len(twice)
+    shares: list[float] = []
+    assert count_rows(TOKENIZER, task, 50, epochs=2, report=shares.append) == len(twice)
+    assert len(shares) == len(twice) and shares == sorted(shares) and shares[0] > 0 and shares[-1] == 1
 
 
 # --- the mask that reaches the model -----------------------------------------------------------------

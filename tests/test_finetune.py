@@ -182,6 +182,21 @@ def test_your_own_conversations_are_mixed_in_or_are_all_there_is(tiny_run, recei
         run_here(stage, **flags, only_extra_data=True)
 
 
+def test_counting_the_steps_says_so_and_comes_after_what_is_wrong_with_the_schedule(tiny_run, capsys):
+    run_here("base_train", num_iterations=1, eval_every=-1)
+    own = tiny_run / "own.jsonl"
+    messages = [{"role": "user", "content": "Zyx?"}, {"role": "assistant", "content": "Qqq."}]
+    own.write_text((json.dumps(messages) + "\n") * 400)
+    flags = {"source": "base", "eval_every": -1, "extra_data": str(own), "only_extra_data": True}
+    with pytest.raises(UserError, match="do not fit a run"):
+        run_here("mid_train", **flags, num_iterations=-1, warmdown_ratio=1.5)
+    assert "counted in" not in capsys.readouterr().out
+    run_here("mid_train", **flags, num_iterations=-1)
+    shown = capsys.readouterr().out
+    assert "packing 400 conversations to count the steps" in shown
+    assert re.search(r"rows of 64 tokens, counted in \d+s\n", shown)
+
+
 def test_rows_are_the_sources_or_measured_where_the_rows_are_longer(tiny_run, capsys):
     run_here("base_train", num_iterations=1, eval_every=-1)
     run_here("mid_train", num_iterations=1, eval_every=-1)
