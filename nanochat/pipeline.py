@@ -177,6 +177,18 @@ def selected(plan: Plan, start: str = "", only: str = "") -> list[Stage]:
     return list(plan.stages[plan.stages.index(plan.stage(start)) :]) if start else list(plan.stages)
 
 
+def to_run(
+    stages: Sequence[Stage], markers: Markers, start: str = "", only: str = "", force: bool = False
+) -> list[Stage]:
+    """Those of the stages that run_plan would run with these options: also what needs another one of them."""
+    found: dict[str, Stage] = {}
+    for stage in stages:
+        repeated = force or stage.name in (start, only) or not markers.is_done(stage)
+        if repeated or any(name in found for name in stage.needs):
+            found[stage.name] = stage
+    return list(found.values())
+
+
 @contextmanager
 def _exclusive(folder: Path, name: str, force: bool):
     """One run at a time per folder, and no plan over the results of another unless forced."""
@@ -329,12 +341,14 @@ def _last_line(log: Path) -> str:
 # --- dry run -----------------------------------------------------------------------------------------
 
 
-def describe(plan: Plan, markers: Markers, stages: Sequence[Stage], *, folder: Path, free_bytes: int) -> str:
+def describe(
+    plan: Plan, stages: Sequence[Stage], pending: Sequence[Stage], *, folder: Path, free_bytes: int
+) -> str:
     """The plan as text: why, facts, stages with commands and expected times. Starts nothing.
 
-    folder: where everything goes, which has free_bytes of room.
+    pending: those of the stages that are not done, see to_run. folder: where everything goes, which has free_bytes
+    of room.
     """
-    pending = [stage for stage in stages if not markers.is_done(stage)]
     total = sum(stage.seconds for stage in pending if not stage.background)
     rows = {"plan": plan.name, "why": plan.why} | plan.facts
     rows["disk"] = f"about {format_bytes(plan.disk_bytes)}, {format_bytes(free_bytes)} free in {folder}"
@@ -343,7 +357,7 @@ def describe(plan: Plan, markers: Markers, stages: Sequence[Stage], *, folder: P
     lines = [*(f"{key:<{width}}  {value}" for key, value in rows.items()), ""]
     exports = "".join(f"{key}={shlex.quote(value)} " for key, value in plan.environment.items())
     for stage in stages:
-        state = "done" if markers.is_done(stage) else f"about {duration(stage.seconds)}"
+        state = f"about {duration(stage.seconds)}" if stage in pending else "done"
         lines.append(f"{plan.names.index(stage.name) + 1:>2}. {stage.name} ({state}): {stage.about}")
         lines.append(f"    {exports}{shlex.join(stage.command)}")
     return "\n".join(lines)

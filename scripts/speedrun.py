@@ -36,16 +36,17 @@ class Config:
 
 def main(cfg: Config) -> None:
     """Train a chat model from nothing: data, tokenizer, all training stages, evaluation, report."""
-    from nanochat.pipeline import Markers, describe, run_plan, selected
+    from nanochat.pipeline import Markers, describe, run_plan, selected, to_run
 
     base = get_base_dir()
     plan = make_plan(cfg)
-    markers = Markers(base / "run")
     stages = selected(plan, cfg.from_stage, cfg.only)
+    pending = to_run(stages, Markers(base / "run"), cfg.from_stage, cfg.only, cfg.force)
     free = shutil.disk_usage(base).free
-    print(describe(plan, markers, stages, folder=base, free_bytes=free), flush=True)
-    pending = [stage.name for stage in stages if cfg.force or not markers.is_done(stage)]
-    problem = check_hub(plan.environment, pending) or check_disk(plan.disk_bytes, free, base)
+    print(describe(plan, stages, pending, folder=base, free_bytes=free), flush=True)
+    problem = check_hub(plan.environment, [stage.name for stage in pending]) or check_disk(
+        plan.disk_bytes, free, base
+    )
     if cfg.dry_run:
         print(f"\nproblem: {problem}" if problem else "\ndry run: nothing was started", flush=True)
         return

@@ -57,7 +57,7 @@ def main(cfg: Config) -> None:
     import shutil
 
     from nanochat.environment import gpus
-    from nanochat.pipeline import Markers, describe, run_plan
+    from nanochat.pipeline import Markers, describe, run_plan, to_run
 
     base = get_base_dir()
     series = cfg.series or os.environ.get("SERIES_NAME") or time.strftime("%b%d").lower()
@@ -66,7 +66,8 @@ def main(cfg: Config) -> None:
     folder = base / f"{series}_{cfg.kind}_results"
     if cfg.dry_run:
         free = shutil.disk_usage(base).free
-        print(describe(plan, Markers(folder / "run"), plan.stages, folder=folder, free_bytes=free))
+        pending = to_run(plan.stages, Markers(folder / "run"), force=cfg.force)
+        print(describe(plan, plan.stages, pending, folder=folder, free_bytes=free))
         return
     run_plan(
         plan, folder / "run", folder, force=cfg.force,

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from nanochat.common import UserError
-from nanochat.pipeline import Markers, Plan, Stage, StageFailed, describe, run_plan, selected
+from nanochat.pipeline import Markers, Plan, Stage, StageFailed, describe, run_plan, selected, to_run
 from nanochat.terminal_log import LogCleaner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -264,11 +264,33 @@ def test_describe_starts_nothing_and_shows_what_is_done(tmp_path, journal):
     run(tmp_path, plan(*CHAIN[:2]))
     journal.unlink()
     whole = replace(plan(*CHAIN), facts={"model": "tiny"}, disk_bytes=2**30)
-    text = describe(whole, Markers(tmp_path / "run"), whole.stages, folder=tmp_path, free_bytes=2**33)
+    pending = to_run(whole.stages, Markers(tmp_path / "run"))
+    text = describe(whole, whole.stages, pending, folder=tmp_path, free_bytes=2**33)
     assert "data (done)" in text and "base (about 1s)" in text
     assert "NANOCHAT_DATA=tinyworld python -m note base --depth=4" in text
     assert "1.0 GB, 8.0 GB free" in text and "3 of 5 stages" in text
     assert not lines(journal)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, []),
+        ({"only": "tok"}, ["tok"]),
+        ({"start": "base"}, ["base", "eval", "sft"]),
+        ({"start": "eval"}, ["eval"]),
+        ({"force": True}, ["data", "tok", "base", "eval", "sft"]),
+    ],
+)
+def test_what_is_said_to_run_is_what_runs(tmp_path, journal, options, expected):
+    whole = plan(*CHAIN)
+    run(tmp_path, whole)
+    journal.unlink()
+    narrowed = {name: value for name, value in options.items() if name != "force"}
+    stages = to_run(selected(whole, **narrowed), Markers(tmp_path / "run"), **options)
+    assert [stage.name for stage in stages] == expected
+    run(tmp_path, whole, **options)
+    assert [line.split()[0] for line in lines(journal)] == expected
 
 
 def test_selected_stages():
