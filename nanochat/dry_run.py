@@ -1,4 +1,7 @@
-"""What --dry-run of pretraining prints: sizes, horizon, memory by kind, expected time and cost; nothing is allocated."""
+"""What --dry-run of pretraining prints: sizes, horizon, memory by kind, expected time and cost; nothing is allocated.
+
+The expected time is also said before a run whose first step would otherwise be the first to tell, much later.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
 # Of what a large plain matrix product reaches on the same device (LOG 2026-11-25). A guess on GPUs: 52 % MFU on an H100.
 _STEP_SHARE = {"cuda": 0.65, "cpu": 0.5}
+SLOW_STEP_S = 10.0
 _KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "update")
 
 
@@ -69,6 +73,30 @@ def product_speed(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / best
 
 
+def training_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that training is expected to reach here on one device or rank, measured with a plain matrix product."""
+    return _STEP_SHARE.get(device.type, 0.5) * product_speed(device, dtype)
+
+
+def announce_time(
+    config: GPTConfig,
+    horizon: Horizon,
+    steps_done: int,
+    world_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Say how long steps and run will take on a CPU where that is long; a GPU's memory is not touched for it."""
+    if device.type != "cpu":
+        return
+    per_step = (
+        flops_per_token(config) * horizon.total_batch_size / (training_speed(device, dtype) * world_size)
+    )
+    if per_step > SLOW_STEP_S:
+        left = duration(per_step * (horizon.num_steps - steps_done))
+        print0(f"time: about {duration(per_step)} a step and {left} in all, an estimate without evaluations")
+
+
 def describe(
     config: GPTConfig, horizon: Horizon, batch: Batch, world_size: int, device: torch.device, dtype: torch.dtype,
     limit: float,
@@ -95,7 +123,7 @@ def describe(
     # Holes, see keep_freed_memory: 1.2 to 2.6 times.
     if device.type == "cpu" and sys.platform.startswith("linux"):
         print0("  freed blocks are kept, which is faster: the process grows to about 1.7 times that")
-    speed = _STEP_SHARE.get(device.type, 0.5) * product_speed(device, dtype)
+    speed = training_speed(device, dtype)
     seconds = flops / (speed * world_size)
     print0(
         f"time: about {duration(seconds)} at {world_size * speed / 1e12:.3g} TFLOP/s"

@@ -116,6 +116,7 @@ def main(cfg: Config) -> None:
     """Pretrain a model on the pretraining shards, from scratch or from the weights of another."""
     from nanochat.common import device_name, distributed, print0
     from nanochat.dataloader import PretrainLoader
+    from nanochat.dry_run import announce_time
     from nanochat.scaling import accumulation_steps
     from nanochat.sizing import scaling_parameters
     from nanochat.stage import announce, announce_batch, announce_model, finish
@@ -141,6 +142,8 @@ def main(cfg: Config) -> None:
         horizon = plan_run(cfg, config, world.size)
         length, total = cfg.max_seq_len, horizon.total_batch_size
         print0(f"horizon: {horizon.num_steps:,} steps, {horizon.num_tokens:,} tokens (from {horizon.source})")
+        steps_done = resume_from.step if resume_from else 0
+        announce_time(config, horizon, steps_done, world.size, world.device, precision.dtype)
         schedule = make_schedule(cfg, horizon)
         print0(schedule.describe())
         scale = horizon.lr_scale

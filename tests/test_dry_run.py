@@ -30,6 +30,16 @@ def test_it_prints_what_would_be_trained_and_leaves_nothing(tiny_run, capsys):
         assert re.search(line, said), f"{line} is not in\n{said}"
 
 
+def test_a_run_with_slow_steps_says_before_the_first_one_how_long_they_take(tiny_run, capsys, monkeypatch):
+    run_here("base_train", num_iterations=1, eval_every=-1)
+    assert "time: about" not in capsys.readouterr().out
+    monkeypatch.setattr("nanochat.dry_run.SLOW_STEP_S", 0.0)
+    run_here("base_train", num_iterations=1, eval_every=-1, resume="never")
+    said = capsys.readouterr().out
+    assert re.search(r"time: about \d+s a step and \d+s in all, an estimate", said)
+    assert said.index("time: about") < said.index("step 00001/")
+
+
 def test_it_needs_no_tokenizer_and_names_sizes_that_cannot_be(tiny_run, capsys):
     from nanochat.common import UserError
 
