@@ -20,7 +20,9 @@ import dataclasses
 import difflib
 import errno
 import gc
+import json
 import math
+import os
 import sys
 import types
 import typing
@@ -57,12 +59,18 @@ def option(
 
 
 def run(
-    config_class: type[ConfigT], main: Callable[[ConfigT], object], argv: Sequence[str] | None = None
+    config_class: type[ConfigT],
+    main: Callable[[ConfigT], object],
+    argv: Sequence[str] | None = None,
+    name: str = "",
 ) -> None:
-    """Parse the command line and call main; a UserError becomes one line on stderr and exit status 2."""
+    """Parse the command line and call main; a UserError becomes one line on stderr and exit status 2.
+
+    name: what follows `python -m` in the help, where that is not the module of the config class.
+    """
     look_for_garbage_rarely()
     try:
-        main(parse(config_class, sys.argv[1:] if argv is None else argv, main.__doc__ or ""))
+        main(parse(config_class, sys.argv[1:] if argv is None else argv, main.__doc__ or "", name))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -81,13 +89,15 @@ def look_for_garbage_rarely() -> None:
     gc.set_threshold(50_000)
 
 
-def parse(config_class: type[ConfigT], argv: Sequence[str], description: str = "") -> ConfigT:
+def parse(config_class: type[ConfigT], argv: Sequence[str], description: str = "", name: str = "") -> ConfigT:
     """Build a config from defaults, preset files and flags, in this order of precedence.
 
     Raises UserError for anything unknown, of the wrong type or missing.
     """
     options = _options(config_class)
-    flags, presets = _split(_normalised(argv, options), options, _parser(config_class, description, options))
+    flags, presets = _split(
+        _normalised(argv, options), options, _parser(config_class, description, options, name)
+    )
     values: dict[str, Any] = {}
     for preset in presets:
         values |= _read_preset(Path(preset), options)
@@ -199,10 +209,12 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def _parser(config_class: type, description: str, options: dict[str, _Option]) -> argparse.ArgumentParser:
+def _parser(
+    config_class: type, description: str, options: dict[str, _Option], name: str
+) -> argparse.ArgumentParser:
     module = sys.modules.get(config_class.__module__)
     spec = getattr(module, "__spec__", None)
-    name = (spec.name if spec else config_class.__module__).removesuffix(".__main__")
+    name = name or (spec.name if spec else config_class.__module__).removesuffix(".__main__")
     parser = _Parser(prog=f"python -m {name}", description=description, allow_abbrev=False)
     parser.add_argument(
         "presets", nargs="*", metavar="PRESET", help="files of `name = value` lines, applied in order"
@@ -247,7 +259,12 @@ def _split(
         name = unknown[0].partition("=")[0]
         raise UserError(f"{name} is not an option{_nearest(name.lstrip('-'), options, '--')}")
     values = vars(known)
-    presets = [*values.pop("presets"), *values.pop("config")]
+    words = values.pop("presets")
+    if "prompt" in options and not all(map(os.path.exists, words)):
+        flag = f"-{options['prompt'].short}" if options["prompt"].short else "--prompt"
+        text = json.dumps(" ".join(words), ensure_ascii=False)
+        raise UserError(f"{text} is no preset file; to have it answered: {flag} {text}")
+    presets = [*words, *values.pop("config")]
     for preset in presets:
         if "=" in preset:
             raise UserError(f"{preset!r} is neither a preset file nor a flag; flags start with --")

@@ -51,16 +51,16 @@ def main(argv: Sequence[str]) -> None:
 
     name, *rest = argv or [""]
     if name == "list":
-        run(ListConfig, list_sets, rest)
+        run(ListConfig, list_sets, rest, "nanochat.dataset list")
     elif name == "verify":
-        run(VerifyConfig, verify_files, rest)
+        run(VerifyConfig, verify_files, rest, "nanochat.dataset verify")
     elif name == "import":
-        run(text_import.Config, text_import.import_text, rest)
+        run(text_import.Config, text_import.import_text, rest, "nanochat.dataset import")
     elif name and not name.startswith("-") and name != "fetch":
         print(f"error: unknown command {name}; use fetch, list, verify or import", file=sys.stderr)
         sys.exit(2)
     else:
-        run(FetchConfig, fetch_files, rest if name == "fetch" else argv)
+        run(FetchConfig, fetch_files, rest if name == "fetch" else argv, "nanochat.dataset")
 
 
 # --- fetch -------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,6 +74,9 @@ def main(cfg: Config) -> None:
     """Serve a chat model: a page for people, /chat for scripts, /v1 for OpenAI clients."""
     # before the slow imports, so that a wrong flag or a taken port is known at once
     settings = settings_of(cfg)
+    check_certificate(cfg)
+    if cfg.session_db:
+        check_session_db(cfg.session_db)
     listener = listen(cfg.host, cfg.port)
     if cfg.dtype:
         os.environ["NANOCHAT_DTYPE"] = cfg.dtype
@@ -177,6 +181,37 @@ def check(flag: str, value: float, low: float, high: float) -> None:
     """UserError unless low <= value <= high."""
     if not low <= value <= high:
         raise UserError(f"{flag}={value} is out of range; use {low} to {high}")
+
+
+def check_certificate(cfg: Config) -> None:
+    """UserError for TLS files that cannot be used."""
+    import ssl
+
+    for flag, path in (("--ssl-certfile", cfg.ssl_certfile), ("--ssl-keyfile", cfg.ssl_keyfile)):
+        if path and not os.path.isfile(path):
+            raise UserError(f"{flag}={path} is not a file")
+    if cfg.ssl_keyfile and not cfg.ssl_certfile:
+        raise UserError("--ssl-keyfile needs the certificate too; name it with --ssl-certfile")
+    if cfg.ssl_certfile:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cfg.ssl_certfile, cfg.ssl_keyfile)
+        except OSError as error:  # SSLError is one
+            raise UserError(
+                f"--ssl-certfile={cfg.ssl_certfile}: no certificate with its key: {error}"
+            ) from None
+
+
+def check_session_db(path: str) -> None:
+    """UserError for a file that SQLite cannot write to."""
+    import sqlite3
+
+    try:
+        with closing(sqlite3.connect(path, isolation_level=None)) as database:
+            database.execute("begin immediate")
+    except sqlite3.Error as error:
+        raise UserError(
+            f"--session-db={path}: {error}; name a database, or a new file in a folder that exists"
+        ) from None
 
 
 def start_models(cfg: Config) -> Launcher:

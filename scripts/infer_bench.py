@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nanochat.engine import Engine
     from nanochat.gpt import GPT
     from nanochat.interop.peer import TransformersPeer
+    from nanochat.network_config import GPTConfig
     from nanochat.roofline import ModelCost
     from nanochat.sampling import SamplingParams
     from nanochat.sweep_bench import Peaks
@@ -274,6 +275,7 @@ def network(cfg: Config, device: torch.device) -> tuple[GPT, Any, int | None]:
         sequence_len=cfg.sequence_len, vocab_size=cfg.vocab_size, n_layer=cfg.depth, n_head=heads,
         n_kv_head=heads, n_embd=width,
     )  # fmt: skip
+    refuse_too_large(config, device)
     torch.manual_seed(0)
     model = GPT.build(config, device, compute_dtype(device)[0])
     model.init_weights()
@@ -281,6 +283,21 @@ def network(cfg: Config, device: torch.device) -> tuple[GPT, Any, int | None]:
         if isinstance(module, torch.nn.Linear):
             module.to(model.compute_dtype)
     return model.eval().requires_grad_(False), NoTokenizer(), None
+
+
+def refuse_too_large(config: GPTConfig, device: torch.device) -> None:
+    """UserError for random weights, drawn in fp32, that do not fit what is free of the memory."""
+    from nanochat.batch_fit import memory_for_this_process
+    from nanochat.sizing import parameters
+
+    needed, free = 4 * parameters(config)["total"], memory_for_this_process(device)
+    if needed > free:
+        raise UserError(
+            f"random weights of {config.n_layer} layers, {config.n_embd:,} wide, take "
+            f"{needed / 2**30:,.1f} GiB,"
+            f" and {free / 2**30:,.1f} GiB of {total_memory(device) / 2**30:,.1f} are free;"
+            " lower --depth, --n-embd or --vocab-size"
+        )
 
 
 def peer_of(cfg: Config, model: GPT) -> Any:
@@ -311,7 +328,8 @@ def print_card(cfg: Config, device: torch.device, result: dict[str, Any]) -> Non
     print0(f"weights  {result['num_params']:,} parameters {result['param_dtypes']}")
     print0(
         f"bytes    {result['weight_bytes_read'] / 1e6:.1f} MB of matrices per step, "
-        f"{result['kv_read_bytes_per_step'] / 1e6:.2f} MB of keys and values per row at {result['context_mid']}"
+        f"{result['kv_read_bytes_per_step'] / 1e6:.2f} MB of keys and values per row at "
+        f"{result['context_mid']}"
     )
     limit = result["weight_bytes_read"] + result["kv_read_bytes_per_step"]
     measured = result["measured_bandwidth_bytes_per_sec"]
@@ -326,7 +344,8 @@ def print_row(entry: dict[str, Any]) -> None:
         print0(f"batch {entry['batch_size']:4d}: {entry['error']}")
         return
     text = (
-        f"batch {entry['batch_size']:4d}: TTFT {1e3 * entry['ttft_sec']:8.2f} ms, TPOT {1e3 * entry['tpot_sec']:7.3f} ms, "
+        f"batch {entry['batch_size']:4d}: TTFT {1e3 * entry['ttft_sec']:8.2f} ms, TPOT "
+        f"{1e3 * entry['tpot_sec']:7.3f} ms, "
         f"{entry['tok_per_sec']:9,.1f} tok/s, bandwidth {entry['mbu_measured_percent']:5.1f} % of measured"
     )
     if entry["mbu_percent"] is not None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nanochat.metrics import StatusLine
     from nanochat.tokenizer import RustBPETokenizer, Vocabulary
 
+MOST_RANKS = 1 << 24  # of the crate
 # Lines, numbers of several lengths, contractions, marks, other scripts, an emoji of several code points.
 _PROBE = """One line, and a second:
 \t7 49 365 1,024 3.14159 20261121
@@ -39,7 +40,7 @@ def main(cfg: Config) -> None:
     from nanochat.dataset import parquets_iter_batched
     from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
 
-    check(cfg, smallest_vocab=256 + len(SPECIAL_TOKENS))
+    check(cfg, smallest_vocab=256 + len(SPECIAL_TOKENS), largest_vocab=MOST_RANKS + len(SPECIAL_TOKENS))
     directory = get_base_dir() / "tokenizer"
     print(f"data: {data_source()}   {'   '.join(f'{k}: {v:,}' for k, v in as_dict(cfg).items())}", flush=True)
 
@@ -56,10 +57,12 @@ def main(cfg: Config) -> None:
     log_report(cfg, tokenizer, train_s)
 
 
-def check(cfg: Config, smallest_vocab: int) -> None:
+def check(cfg: Config, smallest_vocab: int, largest_vocab: int) -> None:
     """Raise a UserError for settings that cannot work, before any text is read."""
     if cfg.vocab_size < smallest_vocab:
         raise UserError(f"--vocab-size={cfg.vocab_size} is too small; the smallest is {smallest_vocab}")
+    if cfg.vocab_size > largest_vocab:
+        raise UserError(f"--vocab-size={cfg.vocab_size} is too large; the largest is {largest_vocab:,}")
     for name in ("max_chars", "doc_cap"):
         if getattr(cfg, name) < 1:
             flag = name.replace("_", "-")

@@ -122,6 +122,22 @@ def test_a_missing_system_prompt_file_is_one_clear_line(tmp_path):
     assert result.returncode == 2 and "cannot be read" in result.stderr and result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("flag", "problem"),
+    [
+        ("--ssl-certfile={}/none.pem", r"--ssl-certfile=.*/none\.pem is not a file"),
+        ("--ssl-certfile={}/junk", r"--ssl-certfile=.*/junk: no certificate with its key"),
+        ("--ssl-keyfile={}/junk", "--ssl-keyfile needs the certificate too"),
+        ("--session-db={}/nowhere/a.db", r"--session-db=.*: unable to open database file; name a database"),
+        ("--session-db={}/junk", r"--session-db=.*/junk: file is not a database"),
+    ],
+)
+def test_files_that_cannot_be_used_are_one_clear_line(tmp_path, flag, problem):
+    (tmp_path / "junk").write_text("neither a certificate nor a database" * 9)
+    result = run_script(tmp_path, "--port=0", flag.format(tmp_path))
+    assert result.returncode == 2 and re.fullmatch(rf"error: {problem}.*\n", result.stderr), result.stderr
+
+
 def test_defaults_beyond_the_limits_are_refused(tmp_path):
     result = run_script(tmp_path, "--port=0", "--temperature=3")
     assert result.returncode == 2 and "--temperature=3.0 is out of range" in result.stderr

@@ -76,6 +76,20 @@ def test_mistakes_are_one_line(argv, message):
     assert "\n" not in str(caught.value)
 
 
+@dataclass(frozen=True)
+class Talk:
+    prompt: str = option("", "answer this", short="p")
+
+
+@pytest.mark.parametrize("argv", [["Why is 1 = 1?"], ["Why", "is", "1", "=", "1?"]])
+def test_words_without_a_flag_are_taken_for_a_prompt_where_there_is_one(argv, tmp_path):
+    with pytest.raises(UserError, match=r'answered: -p "Why is 1 = 1\?"$'):
+        parse(Talk, argv)
+    preset = tmp_path / "preset.py"
+    preset.write_text('prompt = "hi"\n')
+    assert parse(Talk, [str(preset)]).prompt == "hi"
+
+
 def test_required_options():
     assert parse(Needy, ["-i", "sft"]).source == "sft"
     with pytest.raises(UserError, match="--source must be given"):

@@ -194,7 +194,9 @@ def test_the_command_line(server, folder, tmp_path):
     )  # fmt: skip
     done = run_command("-n", "1", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="1")
     assert done.returncode == 2 and done.stderr.startswith("error: HF_HUB_OFFLINE is set")
-    assert "list, verify, import" in run_command("--help").stdout
+    help = run_command("--help").stdout
+    assert help.startswith("usage: python -m nanochat.dataset [") and "list, verify, import" in help
+    assert run_command("import", "--help").stdout.startswith("usage: python -m nanochat.dataset import [")
 
 
 def test_the_embedded_set_is_generated_once_and_recorded(folder, monkeypatch, capsys):

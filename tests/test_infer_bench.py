@@ -41,6 +41,11 @@ def measured(capsys, **options) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+def test_weights_beyond_the_memory_are_refused_before_they_are_made():
+    with pytest.raises(UserError, match=r"500 layers, 32,000 wide, take [\d,.]+ GiB, and [\d.]+ GiB of"):
+        main(Config(source="random", depth=500, device_type="cpu"))
+
+
 @pytest.mark.parametrize("arch", ["classic", "modern"])
 def test_sweep_and_load_on_a_processor(capsys, tmp_path, arch):
     found = measured(

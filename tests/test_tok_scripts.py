@@ -70,6 +70,14 @@ def test_budget_ends_with_the_document_that_exceeds_it():
     ]
 
 
+@pytest.mark.parametrize(
+    ("vocab_size", "problem"), [(264, "the smallest is 265"), (16_777_226, "the largest is 16,777,225")]
+)
+def test_vocabularies_that_cannot_be_are_refused_before_any_text_is_read(base, vocab_size, problem):
+    with pytest.raises(UserError, match=problem):
+        tok_train.main(tok_train.Config(vocab_size=vocab_size))
+
+
 def test_training_is_that_of_the_train_split(base, capsys):
     tok_train.main(tok_train.Config(vocab_size=320))
     expected = RustBPETokenizer.train_from_iterator(DOCUMENTS[0::2], 320)
