@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nanochat.common import UserError, get_base_dir, read_json, whole_file, write_json
 from nanochat.configurator import option, run
