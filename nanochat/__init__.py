@@ -2,8 +2,8 @@
 
 ground      common options configurator machine environment native terminal_log confidence
 text        tokenizer tokenizer_base tokenizer_hf tokenizer_files conversation samples
-data        download manifests hub dataset dataset_commands validation_data text_import tinyworld
-            document_reader packing mixture prefetch dataloader chat_loader contamination
+data        download manifests hub dataset dataset_commands validation_data text_import tinyworld document_reader packing
+            mixture prefetch dataloader chat_loader contamination
 network     network_config scaling sizing memory gpt parameter_groups head_loss head_products growth kv_cache
             flash_attention cpu_attention precision fp8 mxfp4 compilation config_versions
 optimizer   muon sharding optim schedule lora batch_fit

@@ -104,8 +104,7 @@ def fit_batch(model: GPT, optimizer: MuonAdamW, world: World, seq_len: int, tota
                 "computed again in the backward pass, because nothing fits otherwise" if recompute else "kept"
             )
             print0(
-                f"device batch size: {chosen.rows} rows (auto, of {limit / 2**30:.2f} GiB); activations "
-                f"{kept}"
+                f"device batch size: {chosen.rows} rows (auto, of {limit / 2**30:.2f} GiB); activations {kept}"
             )
             return chosen.rows
     raise UserError(

@@ -274,8 +274,7 @@ def count_rows(
 ) -> int:
     """Rows that a ChatLoader makes of a task, so that the number of steps is known before the first one.
 
-    Renders every conversation once per epoch. report: called after every row with the share that has been
-    rendered.
+    Renders every conversation once per epoch. report: called after every row with the share that has been rendered.
     """
     packer = ChatPacker(tokenizer, task, seq_len, mask, epochs, _start(None, {}))
     while not packer.exhausted:

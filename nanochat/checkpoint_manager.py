@@ -198,15 +198,12 @@ def refuse_irreplaceable(directory: Path) -> None:
             continue
         if "imported_from" in meta:
             raise UserError(
-                f"step {step} in {directory} is an imported model, which a run in that folder could "
-                "delete; start"
-                " from it into another one: base_train --init-from=TAG --model-tag=NEW, later stages "
-                "--output-tag=NEW"
+                f"step {step} in {directory} is an imported model, which a run in that folder could delete; start"
+                " from it into another one: base_train --init-from=TAG --model-tag=NEW, later stages --output-tag=NEW"
             )
         if "files" not in meta:
             raise UserError(
-                f"step {step} in {directory} was not written by this code, and a run in that folder "
-                "could delete it;"
+                f"step {step} in {directory} was not written by this code, and a run in that folder could delete it;"
                 " choose another one with --model-tag or --output-tag"
             )
 

@@ -275,8 +275,7 @@ def _lost_peer(rank: int, error: str) -> str | None:
     if "timed out" in lower or "timeout" in lower:
         seconds = peer_timeout_s()
         return (
-            f"rank {rank} waited {seconds:g} s for another rank, which hangs or whose machine is gone; "
-            f"{advice}"
+            f"rank {rank} waited {seconds:g} s for another rank, which hangs or whose machine is gone; {advice}"
             " (NANOCHAT_PEER_TIMEOUT sets the seconds)"
         )
     if any(sign in lower for sign in ("closed by peer", "reset by peer", "broken pipe")):
@@ -310,8 +309,7 @@ def check_device(device_type: str, index: int = 0) -> torch.device:
         raise UserError("--device-type=cuda, but torch sees no CUDA device here; use --device-type=cpu")
     if device_type == "cuda" and index >= torch.cuda.device_count():
         raise UserError(
-            f"rank needs GPU {index}, but only {torch.cuda.device_count()} are visible; lower "
-            "--nproc_per_node"
+            f"rank needs GPU {index}, but only {torch.cuda.device_count()} are visible; lower --nproc_per_node"
         )
     if device_type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device-type=mps, but torch has no MPS here; use --device-type=cpu")

@@ -244,7 +244,6 @@ def _line(task: CoreTask, outcome: TaskOutcome) -> str:
     low, high = wilson(sum(outcome.correct), len(outcome.correct))
     return (
         f"{task.label:<33} {shots}, {task.kind}, {len(outcome.correct):,} examples | "
-        f"accuracy {outcome.accuracy:.4f} ({low:.3f} to {high:.3f}) | centered "
-        f"{centered(outcome.accuracy, task.baseline):.4f} | "
+        f"accuracy {outcome.accuracy:.4f} ({low:.3f} to {high:.3f}) | centered {centered(outcome.accuracy, task.baseline):.4f} | "
         f"{outcome.seconds:.1f} s{''.join(f' | {note}' for note in notes)}"
     )

@@ -38,8 +38,7 @@ def library() -> ctypes.CDLL:
     lib.define(_FORWARD, "(Tensor q, Tensor k, Tensor v, int window) -> (Tensor, Tensor)")
     lib.define(
         _BACKWARD,
-        "(Tensor q, Tensor k, Tensor v, Tensor y, Tensor sums, Tensor grad, int window) -> (Tensor, "
-        "Tensor, Tensor)",
+        "(Tensor q, Tensor k, Tensor v, Tensor y, Tensor sums, Tensor grad, int window) -> (Tensor, Tensor, Tensor)",
     )
     for name, run, shapes in (
         (_FORWARD, _forward, _forward_shapes),

@@ -105,8 +105,7 @@ class PairData:
         self.num_dropped = len(rendered) - len(self.pairs)
         if not self.pairs:
             raise UserError(
-                f"none of the {len(rendered)} preference pairs has two different answers within "
-                f"{self.seq_len} tokens"
+                f"none of the {len(rendered)} preference pairs has two different answers within {self.seq_len} tokens"
             )
 
 

@@ -1,7 +1,6 @@
-"""What --dry-run of pretraining prints: sizes, horizon, memory by kind, expected time and cost.
+"""What --dry-run of pretraining prints: sizes, horizon, memory by kind, expected time and cost; nothing is allocated.
 
-Nothing is allocated. The expected time is also said before a run whose first step would otherwise be the
-first to tell, much later.
+The expected time is also said before a run whose first step would otherwise be the first to tell, much later.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ def product_speed(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def training_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that training is expected to reach on one device or rank, by the speed of a plain product."""
+    """FLOP/s that training is expected to reach here on one device or rank, measured with a plain matrix product."""
     return _STEP_SHARE.get(device.type, 0.5) * product_speed(device, dtype)
 
 
@@ -87,7 +86,7 @@ def announce_time(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Say how long a step and the run will take on a CPU, if that is long. GPUs show it soon enough."""
+    """Say how long steps and run will take on a CPU where that is long; a GPU's memory is not touched for it."""
     if device.type != "cpu":
         return
     per_step = (
@@ -110,8 +109,8 @@ def describe(
     per_token = flops_per_token(config)
     flops = per_token * horizon.num_tokens
     print0(f"FLOPs: {per_token:.3e} per token, {flops:.3e} in all")
-    factors = f"{batch.rows} rows x {config.sequence_len} tokens x {world_size} ranks x {batch.accumulation}"
-    print0(f"batch: {horizon.total_batch_size:,} tokens = {factors} accumulation")
+    factors = f"{batch.rows} rows x {config.sequence_len} tokens x {world_size} ranks x {batch.accumulation} accumulation"
+    print0(f"batch: {horizon.total_batch_size:,} tokens = {factors}")
     print0(f"horizon: {horizon.num_steps:,} steps, {horizon.num_tokens:,} tokens (from {horizon.source})")
     print0("memory per rank, estimated:")
     for kind in _KINDS:
@@ -119,8 +118,7 @@ def describe(
         print0(f"  {kind:<22} {getattr(batch.memory, kind) / 2**30:>10.2f} GiB{note}")
     verdict = "fits" if batch.memory.peak <= limit else "does NOT fit"
     print0(
-        f"  {'peak':<22} {batch.memory.peak / 2**30:>10.2f} GiB, {verdict} the {limit / 2**30:.2f} GiB "
-        "that are free"
+        f"  {'peak':<22} {batch.memory.peak / 2**30:>10.2f} GiB, {verdict} the {limit / 2**30:.2f} GiB that are free"
     )
     # Holes, see keep_freed_memory: 1.2 to 2.6 times.
     if device.type == "cpu" and sys.platform.startswith("linux"):
@@ -129,8 +127,7 @@ def describe(
     seconds = flops / (speed * world_size)
     print0(
         f"time: about {duration(seconds)} at {world_size * speed / 1e12:.3g} TFLOP/s"
-        f" ({world_size * speed / per_token:,.0f} tok/s) on {world_size} x {device_name(device)}, "
-        "evaluations left out"
+        f" ({world_size * speed / per_token:,.0f} tok/s) on {world_size} x {device_name(device)}, evaluations left out"
     )
     found = gpus()[:1] * world_size if device.type == "cuda" else ()
     usd = hourly_usd(found)

@@ -207,7 +207,7 @@ def count_steps(
     mask: bool,
     world: World,
 ) -> int:
-    """Optimizer steps of the run: given, or as many as the packed rows of all epochs fill."""
+    """Optimizer steps of the run: given, or as many as the packed rows of all epochs fill, which takes a while."""
     from nanochat.chat_loader import count_rows
     from nanochat.metrics import StatusLine, duration
 

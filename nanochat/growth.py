@@ -20,8 +20,7 @@ def deeper(config: GPTConfig, add_layers: int) -> GPTConfig:
         raise UserError(f"--add-layers={add_layers} must be positive")
     if config.use_value_embeds and add_layers % 2:
         raise UserError(
-            f"--add-layers={add_layers} must be even: every second layer has a value embedding, counted "
-            "from the last"
+            f"--add-layers={add_layers} must be even: every second layer has a value embedding, counted from the last"
         )
     return replace(config, n_layer=config.n_layer + add_layers)
 

@@ -124,14 +124,12 @@ class AdapterOptimizer(MuonAdamW):
             )
         if saved["source"] != self._source:
             raise UserError(
-                "the adapters in the folder belong to other weights of the source model, which has been "
-                "trained again;"
+                "the adapters in the folder belong to other weights of the source model, which has been trained again;"
                 " use --resume=never to start over from it"
             )
         if saved["tensors"].keys() != self._tensors.keys():
             raise UserError(
-                "the adapters in the folder are of other layers, as older versions made them; use "
-                "--resume=never"
+                "the adapters in the folder are of other layers, as older versions made them; use --resume=never"
             )
         shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         if {name: tuple(tensor.shape) for name, tensor in saved["tensors"].items()} != shapes:

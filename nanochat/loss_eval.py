@@ -23,7 +23,7 @@ class LossModel(Protocol):
 
 
 def tokens_by_default(usual: int, device: torch.device) -> int:
-    """How many tokens to measure where nobody says: as usual, but on a CPU, which takes hours, CPU_TOKENS."""
+    """How many tokens to measure where nobody says: as usual, but on a CPU, where that takes hours, CPU_TOKENS."""
     return min(usual, CPU_TOKENS) if device.type == "cpu" else usual
 
 
@@ -38,8 +38,7 @@ def evaluate_bpb(
     """Bits per byte of text over `steps` batches of every rank.
 
     token_bytes: integer (vocabulary,), bytes of text of each token, 0 for special tokens. Those and targets
-    of -1 count neither as loss nor as length. Infinity if no byte was counted. Collective; rank 0 shows
-    how far it is.
+    of -1 count neither as loss nor as length. Infinity if no byte was counted. Collective; rank 0 shows how far it is.
     """
     device = token_bytes.device
     # Sums of 10^7 losses need float64, which MPS does not have; there a batch is summed in float32.

@@ -178,8 +178,7 @@ def _checked(group: dict[str, Any]) -> dict[str, Any]:
 
 def _missing_gradient(index: int, param: Tensor) -> RuntimeError:
     return RuntimeError(
-        f"parameter {index} of shape {tuple(param.shape)} has no gradient; with several ranks every one "
-        "needs one"
+        f"parameter {index} of shape {tuple(param.shape)} has no gradient; with several ranks every one needs one"
     )
 
 
@@ -293,8 +292,7 @@ class _MuonUnit:
 def _check_shape(index: int, name: str, entry: dict[str, Any], expected: Sequence[int]) -> None:
     if name in entry and tuple(entry[name].shape) != tuple(expected):
         raise UserError(
-            f"the optimizer state of parameter {index} does not fit: {name} has shape "
-            f"{tuple(entry[name].shape)}, "
+            f"the optimizer state of parameter {index} does not fit: {name} has shape {tuple(entry[name].shape)}, "
             f"the model needs {tuple(expected)}; start without it"
         )
 

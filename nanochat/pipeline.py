@@ -346,8 +346,8 @@ def describe(
 ) -> str:
     """The plan as text: why, facts, stages with commands and expected times. Starts nothing.
 
-    pending: those of the stages that are not done, see to_run. folder: where everything goes, which has
-    free_bytes of room.
+    pending: those of the stages that are not done, see to_run. folder: where everything goes, which has free_bytes
+    of room.
     """
     total = sum(stage.seconds for stage in pending if not stage.background)
     rows = {"plan": plan.name, "why": plan.why} | plan.facts

@@ -162,8 +162,7 @@ def choose(
             fitting.append(GpuChoice(len(used), depth, rows, seconds, memory))
     if not fitting:
         raise UserError(
-            f"{gpus[0].name} has {format_bytes(gpus[0].memory_bytes)}, too little even for depth "
-            f"{depths[-1]};"
+            f"{gpus[0].name} has {format_bytes(gpus[0].memory_bytes)}, too little even for depth {depths[-1]};"
             " run with NANOCHAT_DATA=tinyworld"
         )
     return next((choice for choice in fitting if choice.seconds <= _LONGEST_PRETRAINING_S), fitting[-1])

@@ -37,8 +37,7 @@ class Precision:
         # The head stays: its products are made inside the loss, chunk by chunk.
         convert = convert_to_float8 if self.blocks == "fp8" else convert_to_mxfp4
         converted, total = convert(model.transformer)
-        others = f"else {str(self.dtype)[6:]} ({self.why})"
-        return f"{self.blocks} in {converted} of {total} layers of the blocks, {others}"
+        return f"{self.blocks} in {converted} of {total} layers of the blocks, else {str(self.dtype)[6:]} ({self.why})"
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:

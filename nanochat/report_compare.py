@@ -201,8 +201,7 @@ def _html(runs: Sequence[Run]) -> str:
         html_table(["", "", *names, "Chance"], rows),
     ]
     parts.append(
-        '<p class="muted">Below a score: its 95 % interval. Bold: better than all others beyond both '
-        "intervals.</p>"
+        '<p class="muted">Below a score: its 95 % interval. Bold: better than all others beyond both intervals.</p>'
     )
     parts += ["<h2>Curves</h2>", *_curves(runs)]
     parts += ["<h2>Settings that differ</h2>", html_table(["Stage", "Setting", *names], settings)]

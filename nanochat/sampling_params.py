@@ -39,14 +39,13 @@ class SamplingParams:
     extend_context: bool = False
 
     def __post_init__(self) -> None:
-        low, high = 1 / _LARGEST, _LARGEST
         checks = {
             f"temperature={self.temperature} must be a number >= 0": 0 <= self.temperature < math.inf,
             f"max_tokens={self.max_tokens} must be >= 0": self.max_tokens is None or self.max_tokens >= 0,
             f"top_p={self.top_p} must be in (0, 1]": 0 < self.top_p <= 1,
             f"min_p={self.min_p} must be in [0, 1]": 0 <= self.min_p <= 1,
-            f"repetition_penalty={self.repetition_penalty} must be between {low:g} and {high:g}": (
-                low <= self.repetition_penalty <= high
+            f"repetition_penalty={self.repetition_penalty} must be between {1 / _LARGEST:g} and {_LARGEST:g}": (
+                1 / _LARGEST <= self.repetition_penalty <= _LARGEST
             ),
             **{
                 f"{name}={value} must be between -{_LARGEST:g} and {_LARGEST:g}": abs(value) <= _LARGEST

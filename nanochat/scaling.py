@@ -103,8 +103,7 @@ def accumulation_steps(total_batch_size: int, device_batch_size: int, seq_len: i
         ]
         hint = f"--device-batch-size={fitting[0]}" if fitting else "--total-batch-size"
         raise UserError(
-            f"total batch {total_batch_size:,} is not a multiple of {device_batch_size} rows x {seq_len} "
-            "tokens"
+            f"total batch {total_batch_size:,} is not a multiple of {device_batch_size} rows x {seq_len} tokens"
             f" x {world_size} ranks = {micro:,}; try {hint}"
             + ("" if fitting else f" = a multiple of {micro:,}")
         )

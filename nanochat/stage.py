@@ -112,8 +112,7 @@ def finish(
     results = {name: value for name, value in state.results.items() if isinstance(value, float)}
     memory = peak_memory_bytes(world.device)
     print0(
-        f"{title}: {plan.schedule.num_steps} steps, {tokens:,} tokens in "
-        f"{duration(state.total_training_time)}"
+        f"{title}: {plan.schedule.num_steps} steps, {tokens:,} tokens in {duration(state.total_training_time)}"
     )
     for name, value in results.items():
         print0(f"  {name}: {value:.4f}")

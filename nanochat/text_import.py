@@ -77,8 +77,7 @@ def import_text(cfg: Config) -> None:
     facts = write_data_set(cfg, documents, num_bytes, sources)
     total = sum(fact["documents"] for fact in facts)
     print(
-        f"{total:,} documents in {len(facts)} shards, the last for validation; to use: "
-        f"NANOCHAT_DATASET={cfg.name}"
+        f"{total:,} documents in {len(facts)} shards, the last for validation; to use: NANOCHAT_DATASET={cfg.name}"
     )
 
 

@@ -223,8 +223,7 @@ class TrainingRun:
             if meta.get(name) != value:
                 raise UserError(
                     f"{checkpoint.directory} holds a run with {name} {meta.get(name)}, not {value};"
-                    " use its settings, another folder (--model-tag or --output-tag), or --resume=never "
-                    "to start over"
+                    " use its settings, another folder (--model-tag or --output-tag), or --resume=never to start over"
                 )
         if not checkpoint.was_trained_with(self.tokenizer):
             raise UserError(
@@ -326,8 +325,7 @@ class TrainingRun:
             state.skipped_steps += 1
             scaled = f" at loss scale {state.loss_scale:g}" if state.loss_scale != 1.0 else ""
             self.status.note(
-                f"step {state.step}: loss {loss}, gradient norm {norm}{scaled}, {targets:.0f} targets; "
-                "the step is skipped"
+                f"step {state.step}: loss {loss}, gradient norm {norm}{scaled}, {targets:.0f} targets; the step is skipped"
             )
         state.loss_scale = next_loss_scale(state.loss_scale, usable, state.good_steps)
 
@@ -422,8 +420,7 @@ class TrainingRun:
         write()
         seconds = time.perf_counter() - started
         self.status.note(
-            f"saved step {step} in {self.plan.directory} (written in {seconds:.1f} s, training stood "
-            f"{stall_ms:.0f} ms)"
+            f"saved step {step} in {self.plan.directory} (written in {seconds:.1f} s, training stood {stall_ms:.0f} ms)"
         )
 
     def _wait_for_files(self) -> None:

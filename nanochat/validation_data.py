@@ -1,8 +1,7 @@
 """Which bytes a run is validated on: the names and SHA-256 of the validation shards, kept in its checkpoints.
 
-Bits per byte of other text are other numbers. So a run does not go on with other validation data, as it does
-not go on with other training data; what measures a finished model only says that its numbers cannot be
-compared with those of its training.
+Bits per byte of other text are other numbers. So a run does not go on with other validation data, as it does not go
+on with other training data; what measures a finished model only says that its numbers stand beside no earlier ones.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ KEY = "validation_data"  # in a checkpoint's meta
 
 
 def find_validation_data(world: World) -> dict[str, str]:
-    """`folder/file` -> SHA-256 of the validation shards of the sets in use; printed. Empty on ranks but 0.
+    """`folder/file` -> SHA-256 of the validation shards of the sets in use, which is printed; empty but on rank 0.
 
-    Reads them whole, some tenths of a second per 100 MB. Raises UserError for a shard that is not the one
-    recorded in the manifest of its set.
+    Reads them whole, a tenth of a second or two per 100 MB. Raises UserError for a shard that is not the one recorded
+    in the manifest of its set.
     """
     found: dict[str, str] = {}
     if not world.is_main:
@@ -31,8 +30,7 @@ def find_validation_data(world: World) -> dict[str, str]:
         sha256, recorded = hash_file(path), read_manifest(path.parent).get(path.name)
         if recorded is not None and recorded.sha256 not in (None, sha256):
             raise UserError(
-                f"the validation shard {path} is not the one of its manifest (SHA-256 {_short(sha256)} "
-                "instead of "
+                f"the validation shard {path} is not the one of its manifest (SHA-256 {_short(sha256)} instead of "
                 f"{_short(recorded.sha256 or '')}): delete it and fetch, generate or import it again"
             )
         found[f"{path.parent.name}/{path.name}"] = sha256
@@ -47,8 +45,7 @@ def same_validation_data(meta: Mapping[str, Any], now: dict[str, str], validates
     """
     if validates and _differ(meta, now):
         raise UserError(
-            f"this run was validated on {_names(meta[KEY])}, and here is {_names(now)}: its numbers "
-            "would not be"
+            f"this run was validated on {_names(meta[KEY])}, and here is {_names(now)}: its numbers would not be"
             " comparable. Put the old file back, go on without validation (--eval-every=-1), or start over"
             " with --resume=never"
         )

@@ -108,8 +108,7 @@ def count_micro_batches(cfg: Config, num_ranks: int) -> int:
     per_pass = cfg.device_batch_size * num_ranks
     if cfg.device_batch_size < 1 or cfg.pairs_per_step < 1 or cfg.pairs_per_step % per_pass:
         raise UserError(
-            f"--pairs-per-step={cfg.pairs_per_step} is not a multiple of "
-            f"--device-batch-size={cfg.device_batch_size}"
+            f"--pairs-per-step={cfg.pairs_per_step} is not a multiple of --device-batch-size={cfg.device_batch_size}"
             f" x {num_ranks} ranks"
         )
     return cfg.pairs_per_step // per_pass

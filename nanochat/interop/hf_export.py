@@ -62,10 +62,8 @@ def exportable_config(config: GPTConfig, unround_rope: bool) -> GPTConfig:
         return config
     if not unround_rope:
         raise UserError(
-            "this checkpoint rounds its rotary tables to bfloat16, transformers' NanoChat does not, and "
-            "logits in"
-            " fp32 would differ in the third decimal; --unround-rope exports it with tables in the "
-            "model's dtype"
+            "this checkpoint rounds its rotary tables to bfloat16, transformers' NanoChat does not, and logits in"
+            " fp32 would differ in the third decimal; --unround-rope exports it with tables in the model's dtype"
         )
     return unrounded
 

@@ -31,8 +31,7 @@ class Imported:
         found, wanted = self.tokenizer.get_vocab_size(), self.config.vocab_size
         if found != wanted:
             raise UserError(
-                f"the tokenizer has {found:,} tokens, the model was trained with {wanted:,}: it is "
-                "another model's"
+                f"the tokenizer has {found:,} tokens, the model was trained with {wanted:,}: it is another model's"
             )
 
 

@@ -146,8 +146,7 @@ class NanochatLM(TemplateLM):
             running[self.engine.submit(prompt, replace(params, max_tokens=limit))] = decoders[-1]
         if num_cut or num_limited:
             print0(
-                f"context of {self.max_length} tokens: {num_cut} of {len(requests)} questions lost their "
-                "beginning,"
+                f"context of {self.max_length} tokens: {num_cut} of {len(requests)} questions lost their beginning,"
                 f" {num_limited} answers may be shorter than their task allows"
             )
         while running:
@@ -167,8 +166,7 @@ class NanochatLM(TemplateLM):
         options = dict(normalize_gen_kwargs(options, DEFAULT_MAX_TOKENS))
         if unknown := set(options) - _GENERATION_KEYS:
             raise UserError(
-                f"generation settings {sorted(unknown)} are not supported; there are "
-                f"{sorted(_GENERATION_KEYS)}"
+                f"generation settings {sorted(unknown)} are not supported; there are {sorted(_GENERATION_KEYS)}"
             )
         temperature = float(options.get("temperature", 1.0)) if options["do_sample"] else 0.0
         params = SamplingParams(

@@ -63,8 +63,7 @@ def migrate(
     weights = fitted(tensors, config)
     if tensors["lm_head.weight"].size(0) < config.padded_vocab_size:
         notes.append(
-            f"vocabulary tables padded with zeros from {config.vocab_size:,} to "
-            f"{config.padded_vocab_size:,} rows"
+            f"vocabulary tables padded with zeros from {config.vocab_size:,} to {config.padded_vocab_size:,} rows"
         )
     return Migration(config, weights, tuple(notes))
 

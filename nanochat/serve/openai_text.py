@@ -35,10 +35,9 @@ async def completions(body: TextCompletionRequest, request: Request, service: Se
             f"{len(prompts)} prompts with n={body.num_choices}: at most {limits.max_choices} answers at once"
         )
         raise ApiError(400, "invalid_value", text, param="prompt")
-    longest, context = max(map(len, prompts)), service.replica.info.context_length
-    room = context - longest
+    room = service.replica.info.context_length - max(map(len, prompts))
     if room < 1:
-        text = f"the prompt has {longest} tokens, the context of the model {context}"
+        text = f"the prompt has {max(map(len, prompts))} tokens, the context of the model {service.replica.info.context_length}"
         raise ApiError(400, "context_length_exceeded", text, param="prompt")
     # Without these tokens there is no tool call, and every token that is sampled is text.
     markers = ("<|python_start|>", "<|output_start|>")

@@ -126,7 +126,6 @@ class SessionStore:
     def _expire(self) -> None:
         self._db.execute("delete from sessions where updated < ?", (time.time() - self._ttl_s,))
         self._db.execute(
-            "delete from sessions where id in (select id from sessions order by updated desc limit -1 "
-            "offset ?)",
+            "delete from sessions where id in (select id from sessions order by updated desc limit -1 offset ?)",
             (self._max_sessions,),
         )

@@ -81,8 +81,7 @@ PET_RUNS = (
     '"{p_pet_name}! {p_pet_name}!" called {p_name}. But the {p_pet_colour} {p_pet} did not come.',
 )
 PET_LOOKS = (
-    '{p_name} asked {q_name}: "Did you see a {p_pet_colour} {p_pet}?" "Yes," said {q_name}, "it ran to '
-    'the {place3}."',
+    '{p_name} asked {q_name}: "Did you see a {p_pet_colour} {p_pet}?" "Yes," said {q_name}, "it ran to the {place3}."',
     "{q_name} had seen the {p_pet} on the way to the {place3}.",
     "{q_name} said that a {p_pet_colour} {p_pet} was in the {place3}.",
 )
