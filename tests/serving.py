@@ -115,7 +115,8 @@ class ScriptedModel(torch.nn.Module):
         time.sleep(self.controls.pause_s)
         self.controls.steps += 1
         chunk = kv_cache.begin(ids.size(1), lengths)
-        keys, _ = kv_cache.insert(0, chunk, ids[:, :, None, None].float(), ids[:, :, None, None].float())
+        kv_cache.insert(0, chunk, ids[:, :, None, None].float(), ids[:, :, None, None].float())
+        keys, _ = kv_cache.visible(0, chunk)
         kv_cache.advance(chunk.lengths)
         logits = torch.full((ids.size(0), 1, self.config.vocab_size), -12.0)
         for row, filled in enumerate(kv_cache.positions):
