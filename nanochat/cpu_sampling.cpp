@@ -93,7 +93,7 @@ int64_t draw_any(const float* x, int64_t size, const Settings& s, std::vector<fl
         Wide sum = {};
         for (int64_t i = block; i < block + kBlock; i += kWide) {
             Wide v = exp_or_zero((load_wide(&weights[i]) - best) / s.temperature);
-            v = v < s.min_p ? Wide{} : v;  // the largest weight is 1
+            v = v >= s.min_p ? v : Wide{};  // the largest weight is 1; NaN is none
             std::memcpy(&weights[i], &v, sizeof v);
             sum += v;
         }
@@ -128,7 +128,7 @@ int64_t draw_among(std::vector<Entry>& found, const Settings& s) {
 }  // namespace
 
 // x (rows, size) and settings (rows) -> chosen (rows), each in [0, size). k: candidates, all if 0; where there are settings of
-// top_p, k is one. top_p and min_p may be null.
+// top_p, k is not 0. top_p and min_p may be null.
 extern "C" void draw(const float* x, int64_t rows, int64_t size, int64_t k, const float* temperature, const float* top_p,
                      const float* min_p, const float* uniform, int64_t* chosen) {
 #pragma omp parallel if (rows * size >= kThreadsFrom)

@@ -112,6 +112,15 @@ def test_what_is_no_number_still_gives_an_id(top_k):
         assert 0 <= chosen < 70
 
 
+@pytest.mark.skipif(load_library("cpu_sampling") is None, reason="PyTorch's softmax is NaN as a whole")
+@pytest.mark.parametrize("top_k", [None, 69])
+def test_one_nan_is_no_candidate(top_k):
+    logits = torch.zeros(70)
+    logits[-1] = torch.nan
+    found = frequencies(logits, SamplingParams(top_k=top_k))
+    assert found[-1] == 0 and found[:-1].tolist() == pytest.approx([1 / 69] * 69, abs=1e-3)
+
+
 def test_top_k_zero_none_and_beyond_the_vocabulary_are_off():
     logits = torch.randn(12, generator=torch.Generator().manual_seed(2))
     for top_k in (0, None, -1, 12, 100):
