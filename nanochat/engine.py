@@ -164,8 +164,8 @@ class Engine:
     ) -> Iterator[tuple[list[int], list[int]]]:
         try:
             yield from self._merged(scheduler, requests, should_stop)
-        finally:  # whoever stops early leaves nothing in the pool
-            for request in requests:
+        finally:  # whoever stops early leaves nothing in the pool, unless the process ends
+            for request in [] if sys.is_finalizing() else requests:
                 scheduler.cancel(request)
 
     def _merged(

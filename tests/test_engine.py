@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
 from itertools import islice
@@ -436,3 +438,16 @@ def test_self_check_computes_in_fp32(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(Config(device_type="cpu", max_tokens=8))
     assert loaded[0].compute_dtype == torch.float32 and "Match: True" in capsys.readouterr().out
+
+
+def test_a_stream_left_open_says_nothing_when_the_process_ends():
+    lines = [
+        "from nanochat.engine import Engine",
+        "from tests.toy_model import ByteTokenizer, ScriptedModel",
+        "stream = Engine(ScriptedModel(lambda history: 65), ByteTokenizer()).generate([1, 2])",
+        "next(stream)",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
