@@ -152,7 +152,7 @@ class PagePool:
     @property
     def nbytes(self) -> int:
         """Bytes of all pages, free ones included."""
-        return sum(group.capacity * group.page_bytes for group in self.groups)
+        return self._bytes([group.capacity for group in self.groups])
 
     @property
     def block_bytes(self) -> int:
@@ -161,35 +161,42 @@ class PagePool:
 
     def bytes_for(self, tokens: int) -> int:
         """Bytes that a row of so many tokens needs where it is alone."""
-        counts = self._counts(tokens)
-        return sum(count * group.page_bytes for count, group in zip(counts, self.groups, strict=True))
+        return self._bytes(self._counts(tokens))
 
     def _counts(self, tokens: int) -> list[int]:
         return [1 + int(group.pages_for(np.array(tokens))) for group in self.groups]
 
-    def fits(self, wanted: Iterable[int]) -> bool:
-        """Whether so many more pages of each group may be taken."""
+    def fits(self, wanted: Iterable[int], spare: int = 0) -> bool:
+        """Whether so many more pages of each group may be taken, and leave some bytes."""
         used = [group.num_used + count for group, count in zip(self.groups, wanted, strict=True)]
-        needed = sum(count * group.page_bytes for count, group in zip(used, self.groups, strict=True))
-        return needed <= self.max_bytes
+        return self._bytes(used) <= self.max_bytes - spare
+
+    def has_free(self, wanted: Iterable[int]) -> bool:
+        """Whether so many pages of each group are free already."""
+        return all(
+            group.num_used + count <= group.capacity for group, count in zip(self.groups, wanted, strict=True)
+        )
 
     # --- growing and shrinking -----------------------------------------------------------------------
 
     def ensure(self, wanted: Sequence[int]) -> None:
         """Have so many free pages of each group, which must fit."""
-        for number, (group, count) in enumerate(zip(self.groups, wanted, strict=True)):
-            needed = group.num_used + count
-            if needed <= group.capacity:
-                continue
-            if needed > self._affordable(group):  # the others have more than they need
-                for other, (neighbour, others) in enumerate(zip(self.groups, wanted, strict=True)):
-                    if neighbour is not group:
-                        self._resize(other, neighbour.num_used + others)
-            roomy = max(needed, 2 * group.capacity, self._counts(self._context)[number])
-            self._resize(number, max(needed, min(roomy, self._affordable(group))))
+        if self.has_free(wanted):
+            return
+        needed = [group.num_used + count for group, count in zip(self.groups, wanted, strict=True)]
+        sizes = [
+            group.capacity if count <= group.capacity else max(count, 2 * group.capacity, least)
+            for group, count, least in zip(self.groups, needed, self._counts(self._context), strict=True)
+        ]
+        if self._bytes(sizes) > self.max_bytes:
+            # Shared in proportion: had one group all that is left, the other would soon want it back.
+            total = self._bytes(needed)
+            sizes = [count + (self.max_bytes - total) * count // total for count in needed]
+        for number in sorted(range(len(sizes)), key=lambda i: sizes[i] - self.groups[i].capacity):
+            self._resize(number, sizes[number])  # those that shrink come first
 
-    def _affordable(self, group: PageGroup) -> int:
-        return group.capacity + (self.max_bytes - self.nbytes) // group.page_bytes
+    def _bytes(self, counts: Sequence[int]) -> int:
+        return sum(count * group.page_bytes for count, group in zip(counts, self.groups, strict=True))
 
     def shrink(self) -> None:
         """Give back memory if most of it is free, but for what one row of the whole context needs."""
@@ -199,26 +206,36 @@ class PagePool:
                 self._resize(number, max(2 * group.num_used, least))
 
     def _resize(self, number: int, capacity: int) -> None:
+        """Memory may end in the middle of it: then a group has its old or its new capacity, and no page is lost."""
         group = self.groups[number]
         if capacity == group.capacity:
             return
-        used = np.flatnonzero(group.uses)
-        index = torch.from_numpy(used).to(self.device)
+        if capacity < group.capacity:
+            self._move_down(number, capacity)
+        self.generation += 1
+        kept = group.capacity
         for layer in group.layers:
             for tensors in (self.keys, self.values):
                 new = self._empty(capacity)
-                new[: len(used)] = tensors[layer][index]
+                new[:kept].copy_(tensors[layer][:kept])
                 tensors[layer] = new
-        numbers = np.zeros(max(group.capacity, 1), np.int32)
-        numbers[used] = np.arange(len(used))
-        uses = np.zeros(capacity, np.int32)
-        uses[: len(used)] = group.uses[used]
-        uses[0] = 1
-        group.uses = uses
-        group.free = list(range(capacity - 1, max(len(used), 1) - 1, -1))
+        group.uses = np.concatenate([group.uses, np.zeros(capacity - kept, np.int32)])
+        group.uses[0] = max(group.uses[0], 1)
+        group.free = np.flatnonzero(group.uses == 0)[::-1].tolist()
+
+    def _move_down(self, number: int, capacity: int) -> None:
+        """Have no page of a group at capacity or beyond."""
+        group = self.groups[number]
+        old = np.flatnonzero(group.uses[capacity:]) + capacity
+        new = np.flatnonzero(group.uses[:capacity] == 0)[: len(old)]
+        self.copy(number, old, new)
+        numbers = np.arange(group.capacity, dtype=np.int32)
+        numbers[old] = new
+        group.uses[new] = group.uses[old]
+        group.uses = group.uses[:capacity].copy()
+        group.free = np.flatnonzero(group.uses == 0)[::-1].tolist()
         for holder in self._holders:
             holder.renumber(number, numbers)
-        self.generation += 1
 
     def copy(self, number: int, sources: np.ndarray | Sequence[int], targets: np.ndarray) -> None:
         """Copy what pages of a group hold to others."""

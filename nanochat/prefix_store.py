@@ -11,6 +11,7 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 from torch import nn
@@ -44,7 +45,7 @@ class PrefixStore:
         self.pool = pool
         self.tokens_reused = 0
         self._blocks: OrderedDict[bytes, list[int]] = OrderedDict()
-        self._version = 0
+        self.version = 0
         pool.register(self)
 
     def __len__(self) -> int:
@@ -55,9 +56,9 @@ class PrefixStore:
 
     def validate(self, version: int) -> None:
         """Forget everything if the weights are no longer those that computed it."""
-        if version != self._version:
+        if version != self.version:
             self.clear()
-            self._version = version
+            self.version = version
 
     def match(self, names: Sequence[bytes]) -> list[list[int]]:
         """The blocks of the longest known prefix of names."""
@@ -80,14 +81,31 @@ class PrefixStore:
     def make_room(self, wanted: Sequence[int], keep: int = 0) -> bool:
         """Forget blocks, but not those that `match` has just found, until so many pages of each group are free.
 
-        keep: how many these are. False if there is no room even so.
+        keep: how many these are. False, and nothing is forgotten, if there is no room even so.
         """
-        while not self.pool.fits(wanted):
-            if len(self._blocks) <= keep:
-                return False
+        pool = self.pool
+        if pool.has_free(wanted):
+            return True
+        if not pool.fits(wanted) and not pool.fits(np.subtract(wanted, self._releasable(keep)).tolist()):
+            return False
+        while not pool.fits(wanted):
             self._forget_oldest()
-        self.pool.ensure(wanted)
+        # Some more: were it one page each time, groups would be resized each time.
+        spare = pool.max_bytes // 16
+        for _ in range(min(spare // pool.block_bytes, len(self._blocks) - keep)):
+            if pool.fits(wanted, spare):
+                break
+            self._forget_oldest()
+        pool.ensure(wanted)
         return True
+
+    def _releasable(self, keep: int) -> list[int]:
+        """Pages of each group that nobody else holds, but for the blocks that were used last."""
+        blocks = list(islice(self._blocks.values(), max(len(self._blocks) - keep, 0)))
+        if not blocks:
+            return [0] * len(self.pool.groups)
+        pages = np.array(blocks).T
+        return [int((group.uses[own] == 1).sum()) for group, own in zip(self.pool.groups, pages, strict=True)]
 
     def _forget_oldest(self) -> None:
         _, block = self._blocks.popitem(last=False)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
+import pytest
 
 from nanochat.page_pool import PAGE, PagePool
 from tests.toy_model import check_pages, random_model
@@ -87,6 +90,45 @@ def test_pages_keep_what_they_hold_when_they_move():
     holder = Holder()
     pool.register(holder)
     pool._resize(1, 5)
-    assert holder.found.tolist() == [1, 2, 3] and sorted(whole.free) == [4]
+    assert sorted(holder.found) == [1, 2, 3] and whole.free == [4]
     for old, new in zip(kept, holder.found, strict=True):
         assert (pool.keys[layer][new] == float(old)).all() and (pool.values[layer][new] == -float(old)).all()
+
+
+@pytest.mark.parametrize("capacity", [9, 40])
+def test_memory_that_ends_while_pages_move_loses_none(capacity, monkeypatch):
+    pool = windowed_pool(12)
+    pool.ensure([0, 12])
+    whole = pool.groups[1]
+    layer = whole.layers[0]
+    pages = whole.take(12)
+    for page in pages:
+        pool.keys[layer][page], pool.values[layer][page] = float(page), -float(page)
+    whole.release(pages[:5])
+
+    kept = pages[5:]
+
+    class Holder:
+        pages = kept
+
+        def renumber(self, group: int, numbers: np.ndarray) -> None:
+            self.pages = numbers[self.pages]
+
+    holder, empty, tries = Holder(), pool._empty, iter([True, False])
+    pool.register(holder)
+
+    def fail(count: int):
+        if not next(tries):
+            raise MemoryError
+        return empty(count)
+
+    monkeypatch.setattr(pool, "_empty", fail)
+    for _ in range(2):
+        with suppress(MemoryError):
+            pool._resize(1, capacity)
+        for old, new in zip(kept, holder.pages, strict=True):
+            assert (pool.keys[layer][new] == float(old)).all() and (
+                pool.values[layer][new] == -float(old)
+            ).all()
+        assert sorted({0, *holder.pages, *whole.free}) == list(range(whole.capacity))
+        monkeypatch.setattr(pool, "_empty", empty)

@@ -44,7 +44,14 @@ def test_the_longest_known_prefix_is_found_and_its_end_forgotten_first():
     assert [name in store for name in (b"a", b"b", b"c")] == [True, True, False]
     assert len(store.match([b"a", b"b"])) == 2 and not store.make_room([7], keep=2)
     assert len(store) == 2 and store.make_room([8]) and len(store) == 0
-    assert not store.make_room([9]), "more than all there is"
+    store.add(b"a", taken(pool))
+    assert not store.make_room([9]) and len(store) == 1, (
+        "more than all there is: nothing is forgotten in vain"
+    )
+    held = store.match([b"a"])[0]
+    pool.groups[0].hold(held)
+    assert not store.make_room([8]) and len(store) == 1, "nor what a row holds, too"
+    pool.groups[0].release(held)
     check_pages(pool)
 
 
