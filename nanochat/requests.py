@@ -55,6 +55,7 @@ class Request:
     in_call: bool = False
     call: list[int] = field(default_factory=list)
     pending: Future[str | None] | None = None  # the answer of a tool that is at work
+    weights: int = 0  # their version when its row began
     text: PartsDecoder | None = None  # only where stop strings are to be found
     _names: list[bytes] = field(default_factory=list)
 

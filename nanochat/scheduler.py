@@ -219,8 +219,11 @@ class Scheduler:
                     raise ContextOverflow("other generations of this engine have taken its key/value cache")
                 return
             self.waiting.remove(request)
-            coming |= set(names[len(known) :])
-            whole.add(tuple(request.span(0, tokens)))
+            if (
+                self._missing(len(self.running) - 1) > 1
+            ):  # otherwise it reads no prompt that others could wait for
+                coming |= set(names[len(known) :])
+                whole.add(tuple(request.span(0, tokens)))
 
     def _being_read(self) -> tuple[set[bytes], set[tuple[int, ...]]]:
         """Names of the blocks that running rows have yet to read, and all tokens of these rows."""
@@ -239,6 +242,7 @@ class Scheduler:
             if not self._room_for(request, known):
                 return False
         row = self.cache.add_row()
+        request.weights = self.prefixes.version
         self.running.append(request)
         if known:
             filled = len(known) * PAGE
@@ -365,7 +369,7 @@ class Scheduler:
     def _publish(self, row: int, before: int) -> None:
         """Put the blocks that a row has filled since it stood at `before` into the prefix store."""
         after = self.cache.positions[row]
-        if before // PAGE == after // PAGE:
+        if before // PAGE == after // PAGE or self.running[row].weights != self.prefixes.version:
             return
         names = self.running[row].block_names(after // PAGE)
         for index in range(before // PAGE, after // PAGE):
@@ -382,6 +386,7 @@ class Scheduler:
         for row in finished:
             for twin in self._twins(self.running[row]):
                 self.cache.copy_row(row)
+                twin.weights = self.running[row].weights
                 self.running.append(twin)
                 requests.append(twin)
                 sources.append(row - first)

@@ -384,6 +384,46 @@ def test_samples_of_one_prompt_read_it_once():
     assert tokens_read(model) <= 100 + 20 + 8 * 4, "the second eight find three blocks of 32"
 
 
+@pytest.mark.parametrize("length", [1, PAGE + 1])
+def test_samples_begin_together_where_one_token_is_left_to_read(length):
+    model = ScriptedModel(lambda history: 65)
+    engine = Engine(model, TOKENIZER)
+    list(engine.generate([7] * 40, max_tokens=1))
+    model.calls.clear()
+    list(engine.generate([7] * length, num_samples=16, max_tokens=4))
+    assert model.calls == [(16, 1)] * 4
+
+
+def test_what_older_weights_computed_is_not_remembered():
+    """A stream that goes on after training has pages of the weights before."""
+    model, rng = random_model("classic", sequence_len=256, n_layer=2, n_embd=32), random.Random(0)
+    engine, text = Engine(model, TOKENIZER), rng.choices(range(256), k=40)
+    endless = dict.fromkeys(engine.toolbox.terminals, -1e9)
+    stream = engine.generate(text, max_tokens=100, temperature=0, logit_bias=endless)
+    text += [next(stream)[0][0] for _ in range(5)]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(5))
+    list(engine.generate([9] * 5, max_tokens=1))  # notices the new weights
+    text += [next(stream)[0][0] for _ in range(60)]
+    assert len(engine.prefixes) == 0
+    stream.close()
+
+
+def test_groups_are_resized_rarely_where_memory_is_full():
+    model, rng = small_model("modern"), random.Random(0)
+    engine = engine_for(model, rows=10, chunk_tokens=16, max_batch=12)
+    pool, steps = engine.prefixes.pool, 0
+    for i in range(60):
+        prompt = rng.choices(range(256), k=rng.randrange(5, 80))
+        engine.submit(prompt, SamplingParams(max_tokens=rng.randrange(10, 100), seed=i))
+    while not engine._shared.is_idle:
+        engine.step()
+        steps += 1
+        check_pages(pool)
+    assert pool.generation < steps / 10
+
+
 def test_prompts_with_the_same_examples_read_them_once():
     model = ScriptedModel(lambda history: sum(history) % 251)
     examples = random.Random(0).choices(range(256), k=3 * PAGE)
