@@ -60,7 +60,9 @@ class Engine:
 
     tool_format is how the calculator writes numbers. The default "gsm8k" prints 10 for 0.2*50 as the training
     data does; "python" prints 10.0. max_batch is how many requests run at the same time.
-    cache_bytes bounds keys and values, half of them may be remembered beginnings; chunk_tokens bounds what is read at once.
+    cache_bytes bounds
+    keys and values, half of them may be remembered beginnings; complete_many has as many for itself. chunk_tokens
+    bounds what is read at once.
     """
 
     def __init__(

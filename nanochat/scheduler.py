@@ -135,8 +135,25 @@ class Scheduler:
     def step(self) -> list[Event]:
         """Add one token to every ready request and a chunk to others, after letting waiting ones in.
 
-        Events in row order; none if only chunks of long prompts were read or only tools are at work.
+        Events in row order; none if only chunks of long prompts were read or only tools are at work. Where it fails,
+        as when memory ends, all requests read their tokens again in later steps.
         """
+        try:
+            return self._step()
+        except BaseException:
+            self._start_over()
+            raise
+
+    def _start_over(self) -> None:
+        """Send all rows back to the line: after half a step nobody knows what they hold."""
+        requests = sorted(self.running, key=lambda request: request.order)
+        self.waiting.extendleft(r for r in reversed(requests) if r.finish_reason is None)
+        self._flight = {}
+        while self.running:
+            self.cache.remove_row(len(self.running) - 1)
+            self.running.pop()
+
+    def _step(self) -> list[Event]:
         events = self._refuse_roomless()
         self._take_answers()
         self._call_back([row for row, request in enumerate(self.running) if request.pending is not None])
@@ -219,9 +236,7 @@ class Scheduler:
                     raise ContextOverflow("other generations of this engine have taken its key/value cache")
                 return
             self.waiting.remove(request)
-            if (
-                self._missing(len(self.running) - 1) > 1
-            ):  # otherwise it reads no prompt that others could wait for
+            if self._missing(len(self.running) - 1) > 1:  # or it reads no prompt that others could wait for
                 coming |= set(names[len(known) :])
                 whole.add(tuple(request.span(0, tokens)))
 
@@ -327,7 +342,7 @@ class Scheduler:
             order = [self._flight[request] for request in ready]
             logits = self._flight_logits
             logits = logits if order == list(range(len(logits))) else logits[order]
-        else:  # tools have answered meanwhile: rare enough to do it again
+        else:  # tools have answered, or rows begun, meanwhile: rare enough to do it again
             self._call_back(flying)
             logits = self.cache.decode(rows, [(request.tokens or request.prompt)[-1] for request in ready])
         self._flight = {}

@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 
@@ -350,6 +351,31 @@ def test_generations_that_take_all_memory_say_so():
         next(second)
     first.close()
     assert next(engine.generate([2] * 100))[0] == [65]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_step_that_fails_loses_nothing(ahead, monkeypatch):
+    model = small_model("modern")
+    prompts = [random.Random(i).choices(range(256), k=length) for i, length in enumerate(LENGTHS)]
+    each = [SamplingParams(seed=i, max_tokens=12, logprobs=0) for i in range(len(prompts))]
+    expected = [tokens for tokens, _ in run(engine_for(model), prompts, each)]
+    monkeypatch.setattr(RowCache, "can_run_ahead", ahead)
+    engine = engine_for(model, chunk_tokens=16)
+    requests = [engine.submit(prompt, params) for prompt, params in zip(prompts, each, strict=True)]
+    choose, calls = engine._shared._sample, []
+
+    def fail_sometimes(*args):
+        calls.append(1)
+        if len(calls) % 7 == 3:
+            raise torch.OutOfMemoryError("no more")
+        return choose(*args)
+
+    monkeypatch.setattr(engine._shared, "_sample", fail_sometimes)
+    while not engine._shared.is_idle:
+        with suppress(torch.OutOfMemoryError):
+            engine.step()
+        check_pages(engine.prefixes.pool)
+    assert len(calls) > 20 and [request.tokens for request in requests] == expected
 
 
 def test_cancelling_frees_the_memory():
