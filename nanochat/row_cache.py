@@ -288,19 +288,16 @@ class RowSpan:
     def visible(self, layer: int, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values (B, slots, H, D) that may be seen after a chunk; a view where one row's pages adjoin."""
         pool = self.cache.pool
-        number, slots = pool.group_of[layer], chunk.num_slots(self.cache.windows[layer])
+        keys, values, number = pool.keys[layer], pool.values[layer], pool.group_of[layer]
+        slots = chunk.num_slots(self.cache.windows[layer])
         pages = self.cache.tables[number][self.first : self.last, : -(-slots // PAGE)]
         if len(pages) == 1 and (np.diff(pages[0]) == 1).all():
             run = slice(int(pages[0, 0]), int(pages[0, -1]) + 1)
-            return pool.keys[layer][run].flatten(0, 1)[None, :slots], pool.values[layer][run].flatten(0, 1)[
-                None, :slots
-            ]
+            return keys[run].flatten(0, 1)[None, :slots], values[run].flatten(0, 1)[None, :slots]
         if number not in self._pages:
             self._pages[number] = self._index(pages)
         index = self._pages[number]
-        return pool.keys[layer][index].flatten(1, 2)[:, :slots], pool.values[layer][index].flatten(1, 2)[
-            :, :slots
-        ]
+        return keys[index].flatten(1, 2)[:, :slots], values[index].flatten(1, 2)[:, :slots]
 
     def _index(self, numbers: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(numbers.astype(np.int64)).to(self.cache.device)
