@@ -141,7 +141,44 @@ class ToolBox:
     def _threads(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="tool")
 
-    def start(self, call: Sequence[int]) -> Future[str | None] | None:
+    def extend(self, request: Request, sampled: int) -> bool:
+        """Add a token to a request, the forced one if one is due; whether it was the sampled one.
+
+        Sets what ends the request, and starts the tool that the token calls.
+        """
+        is_sampled = not request.forced
+        token = sampled if is_sampled else request.forced.popleft()
+        request.tokens.append(token)
+        request.masks.append(int(is_sampled))
+        if token in self.terminals or token in request.params.stop_tokens:
+            request.finish_reason, request.ended_by_token = "stop", True
+        elif request.text is not None and _hits_stop_string(request.text, token):
+            request.finish_reason = "stop"
+        elif len(request.tokens) >= request.limit:
+            request.finish_reason = "length"
+        else:
+            self._track_call(request, token)
+        return is_sampled
+
+    def _track_call(self, request: Request, token: int) -> None:
+        if token == self.call_start:
+            request.in_call, request.call = True, []
+        elif request.in_call and token == self.call_end:
+            request.in_call = False
+            request.tool_calls += 1
+            request.pending = self._start(request.call)
+            if request.pending is not None and request.pending.done():
+                self.take_answer(request)
+        elif request.in_call:
+            request.call.append(token)
+
+    def take_answer(self, request: Request) -> None:
+        """Force upon a request what its tool, which is done, has answered."""
+        assert request.pending is not None
+        request.forced.extend(self._forced(request.pending))
+        request.pending = None
+
+    def _start(self, call: Sequence[int]) -> Future[str | None] | None:
         """The answer of the tool to a call, done already unless the tool is slow; None without tool or call."""
         tool = self.tools.get("python")
         if tool is None or not call:
@@ -156,7 +193,7 @@ class ToolBox:
             answer.set_exception(error)
         return answer
 
-    def forced(self, answer: Future[str | None]) -> list[int]:
+    def _forced(self, answer: Future[str | None]) -> list[int]:
         """Tokens to force upon a row whose tool is done; none if it had no answer."""
         if answer.exception() is not None:
             self.outcomes["error"] += 1
@@ -166,3 +203,8 @@ class ToolBox:
         if text is None:
             return []
         return [self.output_start, *self.tokenizer.encode(str(text)), self.output_end]
+
+
+def _hits_stop_string(text: PartsDecoder, token: int) -> bool:
+    text.push(token)
+    return text.stopped

@@ -294,13 +294,8 @@ class Scheduler:
         """Let the rows go on whose tools are done."""
         for request in self._calling:
             if request.pending is not None and request.pending.done():
-                self._take_answer(request)
+                self.toolbox.take_answer(request)
         self._calling = [request for request in self._calling if request.pending is not None]
-
-    def _take_answer(self, request: Request) -> None:
-        assert request.pending is not None
-        request.forced.extend(self.toolbox.forced(request.pending))
-        request.pending = None
 
     def _wait_for_tools(self) -> None:
         wait([r.pending for r in self._calling if r.pending is not None], TOOL_WAIT_S, FIRST_COMPLETED)
@@ -475,40 +470,10 @@ class Scheduler:
     # --- one token -----------------------------------------------------------------------------------
 
     def _extend(self, request: Request, sampled: int, logits: torch.Tensor, row: int) -> Event:
-        tools = self.toolbox
-        is_sampled = not request.forced
-        token = sampled if is_sampled else request.forced.popleft()
-        request.tokens.append(token)
-        request.masks.append(int(is_sampled))
-        if token in tools.terminals or token in request.params.stop_tokens:
-            request.finish_reason, request.ended_by_token = "stop", True
-        elif request.text is not None and _hits_stop_string(request.text, token):
-            request.finish_reason = "stop"
-        elif len(request.tokens) >= request.limit:
-            request.finish_reason = "length"
-        else:
-            self._track_call(request, token)
-        scores = (None, ())
+        is_sampled, scores = self.toolbox.extend(request, sampled), (None, ())
+        token = request.tokens[-1]
+        if request.pending is not None:
+            self._calling.append(request)
         if is_sampled and request.params.logprobs is not None:
             scores = top_logprobs(logits[row], token, request.params.logprobs)
         return Event(request, token, is_sampled, request.finish_reason, request.ended_by_token, *scores)
-
-    def _track_call(self, request: Request, token: int) -> None:
-        tools = self.toolbox
-        if token == tools.call_start:
-            request.in_call, request.call = True, []
-        elif request.in_call and token == tools.call_end:
-            request.in_call = False
-            request.tool_calls += 1
-            request.pending = tools.start(request.call)
-            if request.pending is not None and request.pending.done():
-                self._take_answer(request)
-            elif request.pending is not None:
-                self._calling.append(request)
-        elif request.in_call:
-            request.call.append(token)
-
-
-def _hits_stop_string(text: PartsDecoder, token: int) -> bool:
-    text.push(token)
-    return text.stopped
