@@ -109,8 +109,6 @@ inline void tiles(const W* w, const float* x, float* y, int rows, int in, int ou
 // Two rows in one register, eight lanes each: the additions of `tile`, twice as many at a time.
 inline Wide both(Vec v) { return Wide(_mm512_castpd_ps(_mm512_broadcast_f64x4(_mm256_castps_pd(__m256(v))))); }
 
-constexpr int kMostPairs = 6;
-
 // Of x (rows, in), as (in / kLanes, pair, 2, kLanes). Without a partner a row is its own.
 inline void pair_up(const float* x, float* to, int rows, int in) {
     int halves = (rows + 1) / 2 * 2;
@@ -155,6 +153,7 @@ void product_of_pairs(const Matrix& m, const float* pairs, float* y, int rows, i
 // Many rows: lanes are rows, so that no vector has to be summed up. What `tile` adds in lane c is added here in pass c,
 // and the passes in the order in which `sum` adds the lanes: the same bits.
 constexpr int kMany = kWide == 16 ? 25 : 8;  // rows from which that is fastest
+constexpr int kFew = kWide == 16 ? 12 : kMany;  // of fewer, those that are multiplied together
 constexpr int kPassOutputs = 8, kPassVectors = kWide == 16 ? 2 : 1, kPassRows = kPassVectors * kWide;
 
 // Of x (rows, in), as (lane, in / kLanes, padded).
@@ -175,9 +174,8 @@ const float* widened(const W* from, float* to, int count) {
     return to;
 }
 
-template <int V>
 inline void passes(const float* w, const float* xt, float* y, int rows, int in, int out, const float* scale, Epilogue e) {
-    constexpr int O = kPassOutputs;
+    constexpr int O = kPassOutputs, V = kPassVectors;
     Wide parts[kLanes][O][V];
     for (int c = 0; c < kLanes; c++) {
         Wide acc[O][V] = {};
@@ -218,53 +216,47 @@ void product(const Matrix& m, const float* x, float* y, int rows, int first, int
     for (; o < last; o++) tiles<W, 1>(w + size_t(o) * m.in, x, y + o, rows, m.in, m.out, scale(o), e);
 }
 
-// The same for many rows. scratch: kPassRows + kPassOutputs times m.in floats.
+// The same for up to kPassRows rows. scratch: kPassRows + kPassOutputs times m.in floats.
 template <typename W>
 void product_of_many(const Matrix& m, const float* x, float* y, int rows, int first, int last, Epilogue e, float* scratch) {
     const W* w = static_cast<const W*>(m.data);
     float* panel = scratch + size_t(kPassRows) * m.in;
     int whole = first + (last - first) / kPassOutputs * kPassOutputs;
-    for (int b = 0; b < rows; b += kPassRows) {
-        int part = std::min(rows - b, kPassRows);
-        auto pass = part > kWide ? passes<kPassVectors> : passes<1>;
-        transpose(x + size_t(b) * m.in, scratch, part, m.in, part > kWide ? kPassRows : kWide);
-        for (int o = first; o < whole; o += kPassOutputs)
-            pass(widened(w + size_t(o) * m.in, panel, kPassOutputs * m.in), scratch, y + size_t(b) * m.out + o, part,
-                 m.in, m.out, m.scale ? m.scale + o : nullptr, e);
-    }
+    transpose(x, scratch, rows, m.in, kPassRows);
+    for (int o = first; o < whole; o += kPassOutputs)
+        passes(widened(w + size_t(o) * m.in, panel, kPassOutputs * m.in), scratch, y + o, rows, m.in, m.out,
+               m.scale ? m.scale + o : nullptr, e);
     product<W>(m, x, y, rows, whole, last, e);
 }
 
-#ifdef __AVX512F__
-// The same for up to 2 * kMostPairs rows. scratch: as many times m.in floats.
+// The same for up to kFew rows, in pairs where the registers are that wide. scratch: kFew times m.in floats.
 template <typename W>
-void product_of_some(const Matrix& m, const float* x, float* y, int rows, int first, int last, Epilogue e, float* scratch) {
-    int whole = first + (last - first) / kLanes * kLanes;
-    pair_up(x, scratch, rows, m.in);
-    switch ((rows + 1) / 2) {  // outputs at once: with 16 to 24 sums no addition waits for another, and registers suffice
-        case 1: product_of_pairs<W, 8, 1>(m, scratch, y, rows, first, whole, e); break;
-        case 2: product_of_pairs<W, 8, 2>(m, scratch, y, rows, first, whole, e); break;
-        case 3: product_of_pairs<W, 8, 3>(m, scratch, y, rows, first, whole, e); break;
-        case 4: product_of_pairs<W, 4, 4>(m, scratch, y, rows, first, whole, e); break;
-        case 5: product_of_pairs<W, 4, 5>(m, scratch, y, rows, first, whole, e); break;
-        default: product_of_pairs<W, 4, kMostPairs>(m, scratch, y, rows, first, whole, e);
+void product_of_few(const Matrix& m, const float* x, float* y, int rows, int first, int last, Epilogue e, float* scratch) {
+#ifdef __AVX512F__
+    if (rows > 1) {
+        int whole = first + (last - first) / kLanes * kLanes;
+        pair_up(x, scratch, rows, m.in);
+        switch ((rows + 1) / 2) {  // outputs at once: with 16 to 24 sums no addition waits for another, and registers suffice
+            case 1: product_of_pairs<W, 8, 1>(m, scratch, y, rows, first, whole, e); break;
+            case 2: product_of_pairs<W, 8, 2>(m, scratch, y, rows, first, whole, e); break;
+            case 3: product_of_pairs<W, 8, 3>(m, scratch, y, rows, first, whole, e); break;
+            case 4: product_of_pairs<W, 4, 4>(m, scratch, y, rows, first, whole, e); break;
+            case 5: product_of_pairs<W, 4, 5>(m, scratch, y, rows, first, whole, e); break;
+            default: product_of_pairs<W, 4, kFew / 2>(m, scratch, y, rows, first, whole, e);
+        }
+        first = whole;
     }
-    product<W>(m, x, y, rows, whole, last, e);
-}
 #endif
+    product<W>(m, x, y, rows, first, last, e);
+}
 
 template <typename W>
 void multiply_by(const Matrix& m, const float* x, float* y, int rows, int first, int last, Epilogue e, float* scratch) {
-#ifdef __AVX512F__
-    while (rows > 1) {
-        int part = std::min(rows, rows < kMany ? 2 * kMostPairs : kPassRows);
-        if (rows < kMany) product_of_some<W>(m, x, y, part, first, last, e, scratch);
-        else product_of_many<W>(m, x, y, part, first, last, e, scratch);
-        x += size_t(part) * m.in, y += size_t(part) * m.out, rows -= part;
+    for (int part; rows > 0; rows -= part, x += size_t(part) * m.in, y += size_t(part) * m.out) {
+        part = std::min(rows, rows < kMany ? kFew : kPassRows);
+        auto multiply_part = rows < kMany ? product_of_few<W> : product_of_many<W>;
+        multiply_part(m, x, y, part, first, last, e, scratch);
     }
-#endif
-    if (rows && rows < kMany) product<W>(m, x, y, rows, first, last, e);
-    else if (rows) product_of_many<W>(m, x, y, rows, first, last, e, scratch);
 }
 
 void multiply(const Matrix& m, const float* x, float* y, int rows, int thread, int threads, Epilogue e, float* scratch) {

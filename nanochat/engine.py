@@ -59,10 +59,9 @@ class Engine:
     """A model, a tokenizer and tools. tools maps "python" to a function from expression to text or None.
 
     tool_format is how the calculator writes numbers. The default "gsm8k" prints 10 for 0.2*50 as the training
-    data does; "python" prints 10.0. max_batch is how many requests run at the same time.
-    cache_bytes bounds
-    keys and values, half of them may be remembered beginnings; complete_many has as many for itself. chunk_tokens
-    bounds what is read at once.
+    data does; "python" prints 10.0. max_batch is how many requests run at the same time. cache_bytes bounds keys and
+    values, half of them may be remembered beginnings; complete_many has as many for itself. chunk_tokens bounds what
+    is read at once.
     """
 
     def __init__(
@@ -166,9 +165,10 @@ class Engine:
     ) -> Iterator[tuple[list[int], list[int]]]:
         try:
             yield from self._merged(scheduler, requests, should_stop)
-        finally:  # whoever stops early leaves nothing in the pool, unless the process ends
-            for request in [] if sys.is_finalizing() else requests:
-                scheduler.cancel(request)
+        finally:  # whoever stops early leaves nothing in the pool
+            if not sys.is_finalizing():  # torch may be gone by then
+                for request in requests:
+                    scheduler.cancel(request)
 
     def _merged(
         self, scheduler: Scheduler, requests: list[Request], should_stop: Callable[[], bool] | None

@@ -24,7 +24,7 @@ class Chunk:
     rings: window -> slots of the layers that have this window, where they may be fewer than the positions:
     position p is in slot p % ring. A ring is longer than its window and a chunk together, so that a chunk,
     its padding included, never overwrites what its own queries see.
-    Index tensors and masks are the same for all layers of a window, so they are made once here.
+    Masks are the same for all layers of a window, so they are made once here.
     """
 
     start: list[int]

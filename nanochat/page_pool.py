@@ -75,8 +75,8 @@ class PageGroup:
         """Pages that are not free, page 0 among them."""
         return max(self.capacity - len(self.free), 1)
 
-    def pages_for(self, tokens: np.ndarray) -> np.ndarray:
-        """Pages of rows of so many tokens."""
+    def pages_for(self, tokens: np.ndarray | int) -> np.ndarray:
+        """Pages of rows of so many tokens, each."""
         return np.minimum(-(-tokens // PAGE), self.ring)
 
     def take(self, count: int) -> np.ndarray:
@@ -164,7 +164,7 @@ class PagePool:
         return self._bytes(self._counts(tokens))
 
     def _counts(self, tokens: int) -> list[int]:
-        return [1 + int(group.pages_for(np.array(tokens))) for group in self.groups]
+        return [1 + int(group.pages_for(tokens)) for group in self.groups]
 
     def fits(self, wanted: Iterable[int], spare: int = 0) -> bool:
         """Whether so many more pages of each group may be taken, and leave some bytes."""

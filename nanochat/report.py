@@ -229,13 +229,7 @@ class Report:
 class DummyReport:
     """What ranks other than 0 log to: nowhere."""
 
-    def log(
-        self,
-        section: str,
-        data: Sequence[Item],
-        model: Checkpoint | str | None = None,
-        covers: Mapping[str, int] | None = None,
-    ) -> None:
+    def log(self, section: str, data: Sequence[Item], **about: object) -> None:
         pass
 
     def reset(self) -> None:

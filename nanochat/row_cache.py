@@ -154,7 +154,7 @@ class RowCache:
         return row
 
     def _filled(self, number: int, row: int) -> int:
-        return int(self.pool.groups[number].pages_for(np.array(self.positions[row])))
+        return int(self.pool.groups[number].pages_for(self.positions[row]))
 
     def _shared(self, number: int, row: int) -> int:
         """The first pages of a row that nobody will write to any more."""

@@ -293,8 +293,7 @@ def refuse_too_large(config: GPTConfig, device: torch.device) -> None:
     needed, free = 4 * parameters(config)["total"], memory_for_this_process(device)
     if needed > free:
         raise UserError(
-            f"random weights of {config.n_layer} layers, {config.n_embd:,} wide, take "
-            f"{needed / 2**30:,.1f} GiB,"
+            f"random weights of {config.n_layer} layers, {config.n_embd:,} wide, take {needed / 2**30:,.1f} GiB,"
             f" and {free / 2**30:,.1f} GiB of {total_memory(device) / 2**30:,.1f} are free;"
             " lower --depth, --n-embd or --vocab-size"
         )
@@ -328,8 +327,7 @@ def print_card(cfg: Config, device: torch.device, result: dict[str, Any]) -> Non
     print0(f"weights  {result['num_params']:,} parameters {result['param_dtypes']}")
     print0(
         f"bytes    {result['weight_bytes_read'] / 1e6:.1f} MB of matrices per step, "
-        f"{result['kv_read_bytes_per_step'] / 1e6:.2f} MB of keys and values per row at "
-        f"{result['context_mid']}"
+        f"{result['kv_read_bytes_per_step'] / 1e6:.2f} MB of keys and values per row at {result['context_mid']}"
     )
     limit = result["weight_bytes_read"] + result["kv_read_bytes_per_step"]
     measured = result["measured_bandwidth_bytes_per_sec"]
@@ -344,8 +342,7 @@ def print_row(entry: dict[str, Any]) -> None:
         print0(f"batch {entry['batch_size']:4d}: {entry['error']}")
         return
     text = (
-        f"batch {entry['batch_size']:4d}: TTFT {1e3 * entry['ttft_sec']:8.2f} ms, TPOT "
-        f"{1e3 * entry['tpot_sec']:7.3f} ms, "
+        f"batch {entry['batch_size']:4d}: TTFT {1e3 * entry['ttft_sec']:8.2f} ms, TPOT {1e3 * entry['tpot_sec']:7.3f} ms, "
         f"{entry['tok_per_sec']:9,.1f} tok/s, bandwidth {entry['mbu_measured_percent']:5.1f} % of measured"
     )
     if entry["mbu_percent"] is not None:

@@ -71,14 +71,20 @@ def test_memory_that_one_group_does_not_use_is_the_others():
     assert pool.nbytes <= pool.max_bytes
 
 
-def test_pages_keep_what_they_hold_when_they_move():
-    pool = windowed_pool(4)
-    pool.ensure([0, 12])
+def take_marked(pool: PagePool, count: int) -> tuple[int, np.ndarray]:
+    """A layer, and pages of its group that hold their own numbers there."""
+    pool.ensure([0, count])
     whole = pool.groups[1]
-    layer = whole.layers[0]
-    pages = whole.take(12)
+    layer, pages = whole.layers[0], whole.take(count)
     for page in pages:
         pool.keys[layer][page], pool.values[layer][page] = float(page), -float(page)
+    return layer, pages
+
+
+def test_pages_keep_what_they_hold_when_they_move():
+    pool = windowed_pool(4)
+    layer, pages = take_marked(pool, 12)
+    whole = pool.groups[1]
     kept = pages[[1, 4, 9]]
     whole.release(np.setdiff1d(pages, kept))
 
@@ -98,12 +104,8 @@ def test_pages_keep_what_they_hold_when_they_move():
 @pytest.mark.parametrize("capacity", [9, 40])
 def test_memory_that_ends_while_pages_move_loses_none(capacity, monkeypatch):
     pool = windowed_pool(12)
-    pool.ensure([0, 12])
+    layer, pages = take_marked(pool, 12)
     whole = pool.groups[1]
-    layer = whole.layers[0]
-    pages = whole.take(12)
-    for page in pages:
-        pool.keys[layer][page], pool.values[layer][page] = float(page), -float(page)
     whole.release(pages[:5])
 
     kept = pages[5:]
