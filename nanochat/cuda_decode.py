@@ -1,8 +1,7 @@
 """The decode step of NVIDIA GPUs: few kernels, recorded once as a CUDA graph for each number of rows, then replayed.
 
 It takes the place of the network's forward pass where every running row gets one token. The host only copies ids,
-positions and tables of pages; started one by one, the kernels of a step would take many times longer to start than to run. Weights are
-used where they lie, so that training in place is seen.
+positions and tables of pages; started one by one, the kernels of a step would take many times longer to start than to run.
 """
 
 from __future__ import annotations
@@ -17,34 +16,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.gpt import GPT, NORM_EPS, SMEAR_CHANNELS, Attention, GPTConfig, Linear
+from nanochat.cuda_network import LOG2_E, CudaNetwork
+from nanochat.cuda_read import PromptReader
+from nanochat.gpt import GPT, NORM_EPS, SMEAR_CHANNELS, GPTConfig
 from nanochat.page_pool import PAGE
-from nanochat.quantize import QuantizedLinear, weight_layers
+from nanochat.quantize import weight_layers
 
 if TYPE_CHECKING:
     from nanochat.row_cache import RowCache
 
-_PROGRAMS = 1024  # attention is split into about so many, several for each multiprocessor
+_PROGRAMS = (
+    660  # attention is split into at most so many: 5 for each multiprocessor of an H100 run at the same time
+)
+_BLOCK = 16  # keys at a time; 32 take so many registers that only 3 do
 _MAX_PARTS = 64
-_LOG2_E = 1.4426950408889634
 _IN_FLIGHT = 8  # copies of ids, positions and tables that the GPU may not have read yet
-_MOST_ROWS = 64  # that quantised matrices are multiplied with as they lie; beyond, they are widened first
-_ENOUGH = 264  # programs of such a product, two for each multiprocessor of an H100; below, K is split
 
 
 def bucket(rows: int) -> int:
     """The number of rows that a step of `rows` is padded to; each has a graph of its own."""
-    if rows <= 8:
-        return 1 << (rows - 1).bit_length()
-    step = 8 if rows <= 64 else 32
-    return -(-rows // step) * step
+    return 1 << (rows - 1).bit_length() if rows <= 64 else -(-rows // 64) * 64
 
 
 class CudaDecoder:
     """One network, ready for decode steps. use_graphs: record and replay; without, kernels are started one by one."""
 
     def __init__(self, model: GPT, use_graphs: bool = True) -> None:
-        self._model, self._use_graphs, self._kernels = model, use_graphs, _kernels()
+        self._model, self._use_graphs = model, use_graphs
+        self._network = CudaNetwork(model)
+        self._reader = PromptReader(self._network)
         self._device = model.get_device()
         self._ids = torch.zeros(0, dtype=torch.long, device=self._device)
         self._positions = torch.zeros(0, dtype=torch.long, device=self._device)
@@ -54,7 +54,7 @@ class CudaDecoder:
         self._generation = -1
         self._loaded: tuple[int, int] | None = None  # version and rows of the tables
         self._steps = 0
-        self._arrived = torch.zeros(_ENOUGH, dtype=torch.int32, device=self._device)
+        self._windows = model.config.window_sizes
         self._on_device = nullcontext()
         if self._device.type == "cuda":  # Triton starts kernels on the current one, which may be another
             self._on_device = torch.cuda.device(self._device)
@@ -86,6 +86,15 @@ class CudaDecoder:
                     self._record(cache, padded, span)
         cache.positions[:rows] = [position + 1 for position in cache.positions[:rows]]
         return logits[:rows].clone()
+
+    def reads(self, positions: Sequence[int], counts: Sequence[int]) -> bool:
+        """Whether `read` is to be taken for so many tokens at these positions of some rows: always."""
+        return True
+
+    def read(self, cache: RowCache, first: int, spans: Sequence[Sequence[int]]) -> Tensor:
+        """Add some tokens, at least one, to each of the rows from `first` on; logits (rows, V) fp32 after the last of each."""
+        with self._on_device:
+            return self._reader.read(cache, first, spans)
 
     def _load(self, cache: RowCache, rows: int, ids: Sequence[int] | Tensor, padded: int) -> None:
         """Bring ids, positions and tables of pages to where the graph reads them.
@@ -125,6 +134,7 @@ class CudaDecoder:
             for _ in range(_IN_FLIGHT)
         ]
         self._loaded = None
+        self._network.reserve(size * self._model.config.n_head)
         self._forget_graphs()
 
     def _forget_graphs(self) -> None:
@@ -151,166 +161,54 @@ class CudaDecoder:
         """logits (rows, V) after one more token of each row, the padding among them; no position reaches span."""
         model, config = self._model, self._model.config
         ids, positions = self._ids[:rows], self._positions[:rows]
-        x = F.rms_norm(model.wte.weight[ids].to(model.compute_dtype), (config.n_embd,), eps=NORM_EPS)
+        x = F.embedding(ids, model.wte.weight).to(model.compute_dtype)
+        x = F.rms_norm(x, (config.n_embd,), eps=NORM_EPS)
         if cache.previous is not None:
             previous = cache.previous[:rows]
             gate = torch.sigmoid(model.smear_gate(x[:, :SMEAR_CHANNELS])) * model.smear_lambda.to(x.dtype)
             smeared = x + gate * previous[:, 0]
             previous.copy_(torch.where(self._real[:rows], x[:, None], previous))
             x = smeared
-        x0 = middle = x
-        for layer, block in enumerate(model.blocks):
-            if config.use_lambdas:
-                mixed = torch.empty_like(x)
-                factors = model.resid_lambdas[layer:], model.x0_lambdas[layer:]
-                self._kernels.mix[(-(-x.numel() // 1024),)](x, x0, *factors, mixed, x.numel(), BLOCK=1024)
-                x = mixed
-            x = self._attention(cache, layer, block.attn, x, ids, positions, span)
-            hidden = self._linear(x, [block.mlp.c_fc], norm=True, square=True)
-            x = self._linear(hidden, [block.mlp.c_proj], residual=x)
-            middle = x if layer == config.n_layer // 2 else middle
-        if config.use_backout:
-            x = x - model.backout_lambda.to(x.dtype) * middle
-        return self._linear(x, [model.lm_head], norm=True, softcap=config.logit_softcap)
 
-    def _attention(
+        def attend(layer: int, qkv: Tensor, x_in: Tensor) -> Tensor:
+            return self._attend(cache, layer, qkv, x_in, ids, positions, span)
+
+        return self._network.blocks(x, attend)
+
+    def _attend(
         self,
         cache: RowCache,
         layer: int,
-        attn: Attention,
-        x: Tensor,
+        qkv: Tensor,
+        x_in: Tensor,
         ids: Tensor,
         positions: Tensor,
         span: int,
     ) -> Tensor:
-        model, config = self._model, self._model.config
-        rows, heads, kv_heads, dim = len(x), config.n_head, config.n_kv_head, config.head_dim
-        gated = config.has_value_embed(layer)
-        x_in = F.rms_norm(x, (config.n_embd,), eps=NORM_EPS) if gated else x  # which the gate reads, too
-        qkv = self._linear(x_in, [attn.c_q, attn.c_k, attn.c_v], norm=not gated)
+        """Attention of one new token of each row."""
+        network, model, config = self._network, self._model, self._model.config
+        rows, heads, kv_heads, dim = len(qkv), config.n_head, config.n_kv_head, config.head_dim
         q, k, v = qkv.split([heads * dim, kv_heads * dim, kv_heads * dim], dim=1)
         keys, values = cache.pool.keys[layer], cache.pool.values[layer]
         pages = self._tables[cache.pool.group_of[layer]]
         slots = pages.size(1) * PAGE
-        block = 16 if rows == 1 else 32  # keys at a time
-        parts = 1 + min(max(_PROGRAMS // (rows * heads), 1), -(-min(span, slots) // block), _MAX_PARTS - 1)
-        sums = x.new_empty(rows * heads * parts, dtype=torch.float32)
-        partial = x.new_empty(rows * heads * parts * dim, dtype=torch.float32)
-        table, gate = x, x
-        if gated:
-            table, gate = model.value_embeds[str(layer)].get_parameter("weight"), attn.ve_gate.weight
-        self._kernels.attend[rows, heads, parts](
-            q, k, v, keys, values, pages, positions, model.cos, model.sin, ids, table, x_in, gate, sums, partial,
-            qkv.stride(0), pages.stride(0), keys.stride(1), slots, attn.window, table.stride(0), x_in.stride(0),
-            NORM_EPS, config.qk_scale, config.ve_gate_scale, _largest_score(config), GROUP=heads // kv_heads, DIM=dim,
-            GATE=config.ve_gate_channels if gated else 0, PAGE=PAGE, BLOCK=block, num_warps=4,
+        parts = min(max(_PROGRAMS // (rows * heads), 1), -(-min(span, slots) // _BLOCK), _MAX_PARTS)
+        sums = qkv.new_empty(rows * heads * parts if parts > 1 else 0, dtype=torch.float32)
+        partial = qkv.new_empty(len(sums) * dim, dtype=torch.float32)
+        y = qkv.new_empty(rows, heads * dim)
+        network.kernels.attend[rows, heads, parts](
+            q, k, v, keys, values, pages, positions, model.cos, model.sin, ids, *network.gate(layer, x_in), sums, partial,
+            network.arrived, y, qkv.stride(0), pages.stride(0), keys.stride(1), slots, self._windows[layer],
+            config.kv_width, x_in.stride(0), NORM_EPS, config.qk_scale, config.ve_gate_scale, _largest_score(config),
+            GROUP=heads // kv_heads, DIM=dim, GATE=network.gate_channels(layer), PAGE=PAGE, BLOCK=_BLOCK,
+            PARTS=1 << (parts - 1).bit_length(), num_warps=2 if rows == 1 else 4,
         )  # fmt: skip
-        y = torch.empty_like(x)
-        self._kernels.combine[(rows * heads,)](sums, partial, y, parts, DIM=dim, MAX_PARTS=_MAX_PARTS)
-        return self._linear(y, [attn.c_proj], residual=x)
-
-    def _linear(
-        self,
-        x: Tensor,
-        layers: list[Linear | QuantizedLinear],
-        *,
-        norm: bool = False,
-        square: bool = False,
-        residual: Tensor | None = None,
-        softcap: float = 0.0,
-    ) -> Tensor:
-        """x (rows, K), normalised or not, through layers side by side; then squared, added to, or capped."""
-        if len(x) == 1:
-            return self._row(x, layers, norm, square, residual, softcap)
-        if norm:
-            x = F.rms_norm(x, (x.size(1),), eps=NORM_EPS)
-        if type(layers[0]) is QuantizedLinear and len(x) <= _MOST_ROWS:
-            return self._rows(x, layers, square, residual, softcap)
-        if softcap:
-            return self._model.logits(x)
-        if len(layers) > 1:
-            return self._side_by_side(x, layers)
-        if residual is not None and type(layers[0]) is Linear:
-            return torch.addmm(residual, x, layers[0].weight.to(x.dtype).t())
-        y = layers[0](x)
-        if square:
-            y = F.relu(y).square_()
-        return y if residual is None else residual + y
-
-    def _side_by_side(self, x: Tensor, layers: list[Linear | QuantizedLinear]) -> Tensor:
-        out = x.new_empty(len(x), sum(layer.weight.size(0) for layer in layers))
-        for layer, part in zip(
-            layers, out.split([layer.weight.size(0) for layer in layers], dim=1), strict=True
-        ):
-            if type(layer) is Linear:
-                torch.mm(x, layer.weight.to(x.dtype).t(), out=part)
-            else:
-                part.copy_(layer(x))
-        return out
-
-    def _row(
-        self, x: Tensor, layers: list[Linear | QuantizedLinear], norm: bool, square: bool,
-        residual: Tensor | None, softcap: float,
-    ) -> Tensor:  # fmt: skip
-        out, weights, scales, sizes = self._operands(x, layers, softcap)
-        block_n, block_k = 1 if sum(sizes) < 2560 else 2, 1 << (x.size(1) - 1).bit_length()
-        self._kernels.matrix_row[(-(-sum(sizes) // block_n),)](
-            x, *weights, *scales, x if residual is None else residual, out, *(sizes * 2)[:2], sum(sizes), NORM_EPS,
-            softcap or 1.0, K=x.size(1), PARTS=len(layers), NORM=norm, SQUARE=square,
-            RESIDUAL=residual is not None, SCALED=isinstance(layers[0], QuantizedLinear), SOFTCAP=softcap > 0,
-            BLOCK_N=block_n, BLOCK_K=block_k, num_warps=min(max(block_n * block_k // 2048, 1), 8),
-        )  # fmt: skip
-        return out
-
-    def _rows(
-        self, x: Tensor, layers: list[Linear | QuantizedLinear], square: bool, residual: Tensor | None,
-        softcap: float,
-    ) -> Tensor:  # fmt: skip
-        out, weights, scales, sizes = self._operands(x, layers, softcap)
-        blocks, parts, tile = _tiles(len(x), sizes, x.size(1), x.element_size())
-        sums = blocks * parts * tile["BLOCK_N"] * tile["BLOCK_M"] if parts > 1 else 0
-        partial = x.new_empty(sums, dtype=torch.float32)
-        self._kernels.matrix_rows[blocks, parts](
-            x, *weights, *scales, x if residual is None else residual, out, partial, self._arrived, len(x),
-            *(*sizes, 0, 0)[:3], softcap or 1.0, K=x.size(1), LAYERS=len(layers), SQUARE=square,
-            RESIDUAL=residual is not None, SOFTCAP=softcap > 0, PARTS=parts, **tile,
-        )  # fmt: skip
-        return out
-
-    def _operands(
-        self, x: Tensor, layers: list[Linear | QuantizedLinear], softcap: float
-    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[int]]:
-        """(out, weights, scales, outputs of each layer) for a kernel of three layers; one is given thrice."""
-        three = layers * (3 // len(layers))
-        weights, scales = [layer.weight for layer in three], [getattr(layer, "scale", x) for layer in three]
-        sizes = [layer.weight.size(0) for layer in layers]
-        if softcap:  # the head, whose padding is left out
-            sizes = [self._model.config.vocab_size]
-        out = x.new_empty(len(x), sum(sizes), dtype=torch.float32 if softcap else x.dtype)
-        return out, weights, scales, sizes
-
-
-def _tiles(rows: int, sizes: list[int], inputs: int, itemsize: int) -> tuple[int, int, dict[str, int]]:
-    """(blocks of outputs, parts of K, block sizes) of matrix_rows for activations of `itemsize` bytes.
-
-    Reasoned for H100 and H200, not timed. What is under way must cover latency times bandwidth: 0.7 us times
-    3.4 to 4.8 TB/s, 18 to 25 kB for each of 132 multiprocessors. A tile of 64 outputs and 128 inputs is 8 kB,
-    and of the four stages of a program three are under way: one program for each multiprocessor is just enough,
-    two are safe. 64 outputs are 16 for each of four warps, the least that a tensor core takes; each block reads
-    the activations once more, from the L2 cache. A part leaves 4 bytes for each row and output, so it must read
-    four times as many.
-    """
-    block_m, block_n, block_k = max(1 << (rows - 1).bit_length(), 16), 64, 256 // itemsize
-    blocks, steps = sum(-(-size // block_n) for size in sizes), -(-inputs // block_k)
-    parts = max(min(_ENOUGH // blocks, inputs // (16 * block_m)), 1)
-    parts = -(-steps // -(-steps // parts))  # none without a tile
-    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 4}
-    return blocks, parts, tile
+        return y
 
 
 def _largest_score(config: GPTConfig) -> float:
     """Bound of a score in units of log2(e): queries and keys have the root mean square qk_scale."""
-    return config.head_dim**0.5 * config.qk_scale**2 * _LOG2_E
+    return config.head_dim**0.5 * config.qk_scale**2 * LOG2_E
 
 
 def is_suitable(model: GPT) -> bool:
@@ -332,19 +230,16 @@ def is_suitable(model: GPT) -> bool:
     )
 
 
-def _kernels() -> Any:
-    from nanochat import cuda_kernels  # which imports Triton
-
-    return cuda_kernels
-
-
 @functools.cache
 def _kernels_run(device: torch.device) -> bool:
     """Whether Triton can compile for the device, which also needs a C compiler; tried once."""
     try:
+        from nanochat import cuda_kernels  # which imports Triton
+
         with torch.cuda.device(device):
             x = torch.ones(8, device=device)
-            _kernels().mix[(1,)](x, x, x, x, x, 8, BLOCK=1024)
+            kernels: Any = cuda_kernels
+            kernels.mix[(1,)](x, x, x, x, x, 8, BLOCK=1024)
             return bool((x == 2).all())
     except Exception as error:  # compilers fail in ways of their own
         lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -1,9 +1,10 @@
-# pyright: reportOperatorIssue=false
-"""Triton kernels of the decode step: a matrix times one row or some, attention of one new token, small sums.
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+"""Triton kernels of generation: a matrix times one row or some, attention of one new token and of prompts, small sums.
 
 One token at a time, a step is bound by how fast weights and keys come out of memory, and by how many kernels have
 to be started. So what lies between two reads of memory is done by the kernel that reads: norms, rotations,
-squares, residuals, writing the new key. Arithmetic is fp32. Imported only where Triton is.
+squares, residuals, writing the new key. All loads of a program come before its first sum, or it would wait for memory
+twice. Arithmetic is fp32. Imported only where Triton is.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def matrix_row(
     K: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, SQUARE: tl.constexpr, RESIDUAL: tl.constexpr,
     SCALED: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out = f(W x) for one row x of K numbers and W (num_outputs, K), each program BLOCK_N outputs; BLOCK_K >= K.
+    """out = f(W x) for one row x of K numbers and W (num_outputs, K), each program BLOCK_N outputs.
 
     PARTS = 3: W is w0, w1 and w2 below each other, the first two of n0 and n1 rows (multiples of BLOCK_N).
     NORM: x is divided by its root mean square, which may as well happen after the product. SCALED: int8 or e4m3
@@ -33,19 +34,28 @@ def matrix_row(
         elif first >= n0:
             w, scale, base = w1, s1, n0
     n, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    real, inside = first + n < num_outputs, k < K
+    real = first + n < num_outputs
     rows = w + (first - base + n).to(tl.int64)[:, None] * K
-    w_NK = tl.load(rows + k[None, :], mask=real[:, None] & inside[None, :], other=0.0)
-    x_K = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
-    y = tl.sum(w_NK.to(tl.float32) * x_K[None, :], axis=1)
     if SCALED:
-        y *= tl.load(scale + first - base + n, mask=real, other=0.0)
+        scale_N = tl.load(scale + first - base + n, mask=real, other=0.0)
+    if RESIDUAL:
+        residual_N = tl.load(residual + first + n, mask=real, other=0.0).to(tl.float32)
+    y_NK, squares_K = tl.zeros([BLOCK_N, BLOCK_K], tl.float32), tl.zeros([BLOCK_K], tl.float32)
+    for begin in tl.static_range(0, K, BLOCK_K):
+        inside = begin + k < K
+        w_NK = tl.load(rows + (begin + k)[None, :], mask=real[:, None] & inside[None, :], other=0.0)
+        x_K = tl.load(x + begin + k, mask=inside, other=0.0).to(tl.float32)
+        y_NK += w_NK.to(tl.float32) * x_K[None, :]
+        squares_K += x_K * x_K
+    y = tl.sum(y_NK, axis=1)
+    if SCALED:
+        y *= scale_N
     if NORM:
-        y *= 1.0 / tl.sqrt(tl.sum(x_K * x_K, axis=0) / K + eps)
+        y *= 1.0 / tl.sqrt(tl.sum(squares_K, axis=0) / K + eps)
     if SQUARE:
         y = tl.where(y > 0, y * y, 0.0)
     if RESIDUAL:
-        y += tl.load(residual + first + n, mask=real, other=0.0).to(tl.float32)
+        y += residual_N
     if SOFTCAP:
         y = softcap * (2.0 * tl.sigmoid(2.0 * y / softcap) - 1.0)
     tl.store(out + first + n, y.to(out.dtype.element_ty), mask=real)
@@ -108,12 +118,16 @@ def matrix_rows(
 
 
 @triton.jit
-def _rotated(x, cos, sin, dim, eps, scale, DIM: tl.constexpr):
-    """A head at x: rotated (cos and sin of DIM numbers, sin negative in the second half), of root mean square `scale`."""
-    own = tl.load(x + dim).to(tl.float32)
-    partner = tl.load(x + (dim + DIM // 2) % DIM).to(tl.float32)
-    y = own * cos + partner * sin
-    return y * (scale / tl.sqrt(tl.sum(y * y, axis=0) / DIM + eps))
+def _turned(own, partner, cos, sin, eps, scale, DIM: tl.constexpr, AXIS: tl.constexpr):
+    """Heads rotated, with a root mean square of `scale`; axis AXIS has their DIM numbers.
+
+    partner: the numbers DIM // 2 further on, in a cycle; sin: negative in the second half.
+    """
+    y = own.to(tl.float32) * cos + partner.to(tl.float32) * sin
+    total = tl.sum(y * y, axis=AXIS)
+    if AXIS == 1:
+        total = total[:, None]
+    return y * (scale / tl.sqrt(total / DIM + eps))
 
 
 @triton.jit
@@ -133,25 +147,34 @@ def _tile(cache, places, begin, end, slot_stride, dim, BLOCK: tl.constexpr):
 
 @triton.jit
 def attend(
-    q, k, v, keys, values, pages, positions, cos, sin, ids, table, gate_x, gate_w, sums, partial,
+    q, k, v, keys, values, pages, positions, cos, sin, ids, table, gate_x, gate_w, sums, partial, arrived, out,
     qkv_stride, pages_stride, slot_stride, slots, window, table_stride, gate_x_stride, eps, qk_scale, gate_scale, bound,
     GROUP: tl.constexpr, DIM: tl.constexpr, GATE: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One query head of one row over one part of the row's keys; program (row, head, part), of two parts or more.
+    """One query head of one row over one part of the row's keys; program (row, head, part) of at most PARTS (2^n) parts.
 
-    Position p is in slot p % slots of the row, which is a slot of one of its pages. The last part is the new
-    token's: its key is rotated and normalised here and written to its slot; with GATE > 0 its value gets gate_scale * sigmoid(gate_w x) of the value embedding of its id, x being
-    the first GATE numbers of gate_x. The other parts read the older keys. Queries and keys have a fixed norm, so
-    that no score exceeds `bound`, no maximum has to be looked for, and parts just add up.
+    Position p is in slot p % slots of the row, which is a slot of one of its pages. The last part also has the new
+    token: its key is rotated and normalised here and written to its slot; with GATE > 0 its value gets gate_scale *
+    sigmoid(gate_w x) of the value embedding of its id, x being the first GATE numbers of gate_x. Queries and keys have
+    a fixed norm, so that no score exceeds `bound`, no maximum has to be looked for, and parts just add up: the part of
+    a head that comes last does that; `arrived` (rows * heads,) counts them and is zero before and after.
     """
     row, head, part, parts = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     kv_head, position = head // GROUP, tl.load(positions + row).to(tl.int32)
     dim, half = tl.arange(0, DIM), position * (DIM // 2)
+    partner, is_new = (dim + DIM // 2) % DIM, dim * 0 + part == parts - 1
+    new = row * qkv_stride + kv_head * DIM
+    own_q = row * qkv_stride + head * DIM
+    q_own, q_partner = tl.load(q + own_q + dim), tl.load(q + own_q + partner)
+    k_own = tl.load(k + new + dim, mask=is_new, other=0.0)
+    k_partner = tl.load(k + new + partner, mask=is_new, other=0.0)
+    value = tl.load(v + new + dim, mask=is_new, other=0.0).to(tl.float32)
     pages += row.to(tl.int64) * pages_stride
     keys += kv_head * DIM
     values += kv_head * DIM
     begin = tl.maximum(position - window, 0)
-    share = tl.cdiv(tl.cdiv(position - begin, parts - 1), BLOCK) * BLOCK
+    share = tl.cdiv(tl.cdiv(position - begin, parts), BLOCK) * BLOCK
     begin += part * share
     end = tl.minimum(begin + share, position)
     places = _places(pages, begin, end, slots, PAGE, BLOCK)
@@ -160,10 +183,15 @@ def attend(
     c = tl.load(cos + half + dim % (DIM // 2)).to(tl.float32)
     s = tl.load(sin + half + dim % (DIM // 2)).to(tl.float32)
     s = tl.where(dim < DIM // 2, s, -s)
+    if GATE > 0:
+        g = tl.arange(0, 32)
+        x_G = tl.load(gate_x + row * gate_x_stride + g, mask=g < GATE, other=0.0).to(tl.float32)
+        w_G = tl.load(gate_w + kv_head * GATE + g, mask=g < GATE, other=0.0).to(tl.float32)
+        entry = table + tl.load(ids + row) * table_stride + kv_head * DIM + dim
+        embed = tl.load(entry, mask=is_new, other=0.0).to(tl.float32)
 
     # exp2 is what the hardware has, so scores are in units of log2(e).
-    q_scale = qk_scale * 1.4426950408889634 / tl.sqrt(1.0 * DIM)
-    q_D = _rotated(q + row * qkv_stride + head * DIM, c, s, dim, eps, q_scale, DIM)
+    q_D = _turned(q_own, q_partner, c, s, eps, qk_scale * 1.4426950408889634 / tl.sqrt(1.0 * DIM), DIM, 0)
     totals, sums_BD = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK, DIM], tl.float32)
     for start in range(begin, end, BLOCK):
         places = _places(pages, start + BLOCK, end, slots, PAGE, BLOCK)
@@ -174,42 +202,126 @@ def attend(
         totals += weights
         sums_BD += weights[:, None] * v_BD.to(tl.float32)
         k_BD, v_BD = next_k, next_v
-    total, found = tl.sum(totals, axis=0), tl.sum(sums_BD, axis=0)
+    total, found_D = tl.sum(totals, axis=0), tl.sum(sums_BD, axis=0)
 
     if part == parts - 1:
-        new = k + row * qkv_stride + kv_head * DIM
-        key = _rotated(new, c, s, dim, eps, qk_scale, DIM).to(keys.dtype.element_ty)
-        value = tl.load(v + row * qkv_stride + kv_head * DIM + dim).to(tl.float32)
+        key_D = _turned(k_own, k_partner, c, s, eps, qk_scale, DIM, 0).to(keys.dtype.element_ty)
         if GATE > 0:
-            g = tl.arange(0, 32)
-            x_G = tl.load(gate_x + row * gate_x_stride + g, mask=g < GATE, other=0.0).to(tl.float32)
-            w_G = tl.load(gate_w + kv_head * GATE + g, mask=g < GATE, other=0.0).to(tl.float32)
-            entry = table + tl.load(ids + row) * table_stride + kv_head * DIM + dim
-            value += gate_scale * tl.sigmoid(tl.sum(x_G * w_G, axis=0)) * tl.load(entry).to(tl.float32)
-        value = value.to(values.dtype.element_ty)
+            value += gate_scale * tl.sigmoid(tl.sum(x_G * w_G, axis=0)) * embed
+        value_D = value.to(values.dtype.element_ty)
         if head % GROUP == 0:
             place = position % slots
             slot = (tl.load(pages + place // PAGE).to(tl.int64) * PAGE + place % PAGE) * slot_stride
-            tl.store(keys + slot + dim, key)
-            tl.store(values + slot + dim, value)
-        weight = tl.exp2(tl.sum(key.to(tl.float32) * q_D, axis=0) - bound)
+            tl.store(keys + slot + dim, key_D)
+            tl.store(values + slot + dim, value_D)
+        weight = tl.exp2(tl.sum(key_D.to(tl.float32) * q_D, axis=0) - bound)
         total += weight
-        found += weight * value.to(tl.float32)
+        found_D += weight * value_D.to(tl.float32)
 
-    target = (row * tl.num_programs(1) + head) * parts + part
-    tl.store(sums + target, total)
-    tl.store(partial + target * DIM + dim, found)
+    target = row * tl.num_programs(1) + head
+    if PARTS == 1:
+        tl.store(out + target * DIM + dim, (found_D / total).to(out.dtype.element_ty))
+    else:
+        tl.store(sums + target * parts + part, total)
+        tl.store(partial + (target * parts + part) * DIM + dim, found_D)
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        if tl.atomic_add(arrived + target, 1, sem="acq_rel") == parts - 1:
+            tl.store(arrived + target, 0)
+            p = target * parts + tl.arange(0, PARTS)
+            real = tl.arange(0, PARTS) < parts
+            total = tl.sum(tl.load(sums + p, mask=real, other=0.0), axis=0)
+            found_PD = tl.load(partial + p[:, None] * DIM + dim[None, :], mask=real[:, None], other=0.0)
+            tl.store(out + target * DIM + dim, (tl.sum(found_PD, axis=0) / total).to(out.dtype.element_ty))
 
 
 @triton.jit
-def combine(sums, partial, out, parts, DIM: tl.constexpr, MAX_PARTS: tl.constexpr):
-    """Attention of one head of one row from its parts; program row * heads + head."""
-    target, part, dim = tl.program_id(0), tl.arange(0, MAX_PARTS), tl.arange(0, DIM)
-    real = part < parts
-    rows = (target * parts + part)[:, None] * DIM + dim[None, :]
-    total = tl.sum(tl.load(sums + target * parts + part, mask=real, other=0.0), axis=0)
-    found = tl.sum(tl.load(partial + rows, mask=real[:, None], other=0.0), axis=0)
-    tl.store(out + target * DIM + dim, (found / total).to(out.dtype.element_ty))
+def place(
+    qkv, queries, keys, values, pages, rows, positions, cos, sin, ids, table, gate_x, gate_w,
+    qkv_stride, pages_stride, slot_stride, slots, table_stride, gate_x_stride, eps, qk_scale, gate_scale,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, GATE: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One token of a prompt: its queries, rotated and normalised, to `queries` (tokens, HEADS * DIM), its keys and values to their slot.
+
+    As `attend` does it for a new token; token t is at positions[t] of row rows[t] of pages. BLOCK_Q >= HEADS, BLOCK_K >= KV_HEADS.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    row, position = tl.load(rows + token).to(tl.int64), tl.load(positions + token)
+    head, kv_head, dim = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_K)[:, None], tl.arange(0, DIM)
+    real_q, real_k = head < HEADS, kv_head < KV_HEADS
+    partner, half = (dim + DIM // 2) % DIM, position * (DIM // 2)
+    q, k = qkv + token * qkv_stride + head * DIM, qkv + token * qkv_stride + (HEADS + kv_head) * DIM
+    q_own = tl.load(q + dim[None, :], mask=real_q, other=0.0)
+    q_partner = tl.load(q + partner[None, :], mask=real_q, other=0.0)
+    k_own = tl.load(k + dim[None, :], mask=real_k, other=0.0)
+    k_partner = tl.load(k + partner[None, :], mask=real_k, other=0.0)
+    value = tl.load(k + KV_HEADS * DIM + dim[None, :], mask=real_k, other=0.0).to(tl.float32)
+    slot = position % slots
+    slot = tl.load(pages + row * pages_stride + slot // PAGE).to(tl.int64) * PAGE + slot % PAGE
+    c = tl.load(cos + half + dim % (DIM // 2)).to(tl.float32)[None, :]
+    s = tl.load(sin + half + dim % (DIM // 2)).to(tl.float32)
+    s = tl.where(dim < DIM // 2, s, -s)[None, :]
+    if GATE > 0:
+        g = tl.arange(0, 32)[None, :]
+        x_G = tl.load(gate_x + token * gate_x_stride + g, mask=g < GATE, other=0.0).to(tl.float32)
+        w_KG = tl.load(gate_w + kv_head * GATE + g, mask=real_k & (g < GATE), other=0.0).to(tl.float32)
+        entry = table + tl.load(ids + token) * table_stride + kv_head * DIM + dim[None, :]
+        embed = tl.load(entry, mask=real_k, other=0.0).to(tl.float32)
+        value += gate_scale * tl.sigmoid(tl.sum(x_G * w_KG, axis=1))[:, None] * embed
+    q_HD = _turned(q_own, q_partner, c, s, eps, qk_scale, DIM, 1).to(queries.dtype.element_ty)
+    k_HD = _turned(k_own, k_partner, c, s, eps, qk_scale, DIM, 1).to(keys.dtype.element_ty)
+    tl.store(queries + (token * HEADS + head) * DIM + dim[None, :], q_HD, mask=real_q)
+    target = slot * slot_stride + kv_head * DIM + dim[None, :]
+    tl.store(keys + target, k_HD, mask=real_k)
+    tl.store(values + target, value.to(values.dtype.element_ty), mask=real_k)
+
+
+@triton.jit
+def attend_prompt(
+    queries, keys, values, pages, tiles, out, pages_stride, slot_stride, slots, window, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Attention of some consecutive tokens of one row and one head, whose keys are in their slots; program (tile, head).
+
+    tiles (n, 4): row of pages, first token, its position, number of tokens (at most BLOCK_M). scale: of scores, times
+    log2(e). out (tokens, HEADS * DIM). Softmax as in Flash Attention (Dao et al. 2022, arXiv 2205.14135).
+    """
+    tile, head = tl.program_id(0), tl.program_id(1)
+    row, token = tl.load(tiles + 4 * tile).to(tl.int64), tl.load(tiles + 4 * tile + 1).to(tl.int64)
+    position, count = tl.load(tiles + 4 * tile + 2), tl.load(tiles + 4 * tile + 3)
+    m, n, dim = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, DIM)
+    own = (token + m[:, None]) * HEADS * DIM + head * DIM + dim[None, :]
+    real = (m < count)[:, None]
+    q_MD = tl.load(queries + own, mask=real, other=0.0)
+    pages += row * pages_stride
+    keys += head // GROUP * DIM
+    values += head // GROUP * DIM
+    at, end = position + m, position + count
+    largest, total = tl.full([BLOCK_M], -1e30, tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    y_MD = tl.zeros([BLOCK_M, DIM], tl.float32)
+    for start in range(tl.maximum(position - window, 0) // BLOCK_N * BLOCK_N, end, BLOCK_N):
+        p = start + n
+        places = _places(pages, start, end, slots, PAGE, BLOCK_N)
+        k_ND = _tile(keys, places, start, end, slot_stride, dim, BLOCK_N)
+        v_ND = _tile(values, places, start, end, slot_stride, dim, BLOCK_N)
+        scores = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * scale
+        seen = (p[None, :] <= at[:, None]) & (at[:, None] - p[None, :] <= window)
+        scores = tl.where(seen, scores, -1e30)
+        larger = tl.maximum(largest, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - larger[:, None])
+        shrink = tl.exp2(largest - larger)
+        largest, total = larger, total * shrink + tl.sum(weights, axis=1)
+        y_MD = tl.dot(weights.to(v_ND.dtype), v_ND, y_MD * shrink[:, None], input_precision="ieee")
+    tl.store(out + own, (y_MD / total[:, None]).to(out.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def square(x, count, BLOCK: tl.constexpr):
+    """x = max(x, 0) ** 2, in place."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    y = tl.load(x + i, mask=i < count, other=0.0).to(tl.float32)
+    tl.store(x + i, tl.where(y > 0, y * y, 0.0).to(x.dtype.element_ty), mask=i < count)
 
 
 @triton.jit

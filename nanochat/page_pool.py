@@ -21,8 +21,8 @@ from nanochat.machine import total_ram
 from nanochat.network_config import GPTConfig
 
 PAGE = 32  # positions; cpu_decode.cpp knows it, too
-# Widest chunk of a prompt that a forward pass adds to a row.
-CHUNK_TOKENS, CPU_CHUNK_TOKENS = 512, 128
+# Widest chunk of a prompt that a forward pass adds to a row. Layers with a window keep a chunk besides it.
+CHUNK_TOKENS, CPU_CHUNK_TOKENS, UNWINDOWED_CHUNK_TOKENS = 512, 128, 2048
 
 
 class CachedModel(Protocol):
@@ -114,10 +114,10 @@ class PagePool:
         config = model.config
         self.device, self.dtype = model.get_device(), model.compute_dtype
         self.max_bytes = default_cache_bytes(self.device) if max_bytes is None else max_bytes
-        self.max_width = max_width or (CPU_CHUNK_TOKENS if self.device.type == "cpu" else CHUNK_TOKENS)
         self.generation = 0
         self._page_shape = (PAGE, config.n_kv_head, config.head_dim)
         self._context = config.sequence_len
+        self.max_width = max_width or self._default_width(min(config.window_sizes))
         self._holders: weakref.WeakSet[PageHolder] = weakref.WeakSet()
         windows = config.window_sizes
         rings = [self._ring(window) for window in windows]
@@ -130,6 +130,11 @@ class PagePool:
             self.groups.append(PageGroup(layers, ring, ring < self._ring(config.sequence_len), page_bytes))
         self.keys = [self._empty(0) for _ in windows]
         self.values = [self._empty(0) for _ in windows]
+
+    def _default_width(self, window: int) -> int:
+        if self.device.type == "cpu":
+            return CPU_CHUNK_TOKENS
+        return CHUNK_TOKENS if window < self._context else UNWINDOWED_CHUNK_TOKENS
 
     def _ring(self, window: int) -> int:
         """Pages that a row needs so that a chunk, its padding included, never overwrites what its own queries see."""

@@ -113,10 +113,9 @@ class PrefixStore:
             group.release([page])
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything. The pool keeps its memory, because others are about to be read; rows that end give it back."""
         while self._blocks:
             self._forget_oldest()
-        self.pool.shrink()
 
     def renumber(self, group: int, numbers: np.ndarray) -> None:
         """Follow pages that were moved."""

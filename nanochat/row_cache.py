@@ -19,7 +19,7 @@ from nanochat.flash_attention import describe_backend
 from nanochat.kv_cache import Chunk, real_lengths
 from nanochat.page_pool import PAGE, CachedModel, PagePool
 
-_MOST_PADDING = 32  # rows more that a decoder may step, see cuda_decode.bucket
+_MOST_PADDING = 64  # rows more that a decoder may step, see cuda_decode.bucket
 
 
 class RowCache:
@@ -52,18 +52,19 @@ class RowCache:
 
     def reads_ragged(self, first: int, counts: Sequence[int]) -> bool:
         """Whether the rows from `first` on can read so many tokens each without being padded to one length."""
-        return isinstance(self._decoder, CpuDecoder) and self._decoder.reads(self.positions[first:], counts)
+        return self._decoder is not None and self._decoder.reads(self.positions[first:], counts)
 
     def describe_attention(self) -> str:
         """What computes the attention of prompts and of decoding, for the log."""
+        if isinstance(self._decoder, CudaDecoder):
+            return "prompts and decoding: our Triton kernels"
         if self.device.type == "cpu":  # elsewhere no sequence that starts a cache is special, see gpt.py
             prompts = describe_backend(self.device, self.dtype)
         else:
             prompts = "torch SDPA"
         if isinstance(self._decoder, CpuDecoder):
             return f"prompts: {prompts}; short prompts and decoding: our C++ step"
-        decoding = "torch SDPA" if self._decoder is None else "our Triton kernel"
-        return f"prompts: {prompts}; decoding: {decoding}"
+        return f"prompts: {prompts}; decoding: torch SDPA"
 
     # --- pages ---------------------------------------------------------------------------------------
 
@@ -75,22 +76,23 @@ class RowCache:
             self._rooms = self.version, np.min(rooms, axis=0)[: len(self.positions)].tolist()
         return all(count <= room for count, room in zip(tokens, self._rooms[1], strict=True))
 
-    def missing(self, tokens: Sequence[int]) -> list[int]:
-        """Pages of each group that the first rows lack to hold so many tokens each; rows that have not begun lack all."""
+    def missing(self, tokens: Sequence[int], first: int = 0) -> list[int]:
+        """Pages of each group that the rows from `first` on lack to hold so many tokens each; rows not begun lack all."""
         counts = np.array(tokens, np.int64)
         return [
-            int((group.pages_for(counts) - held[: len(counts)]).clip(0).sum())
+            int((group.pages_for(counts) - held[first : first + len(counts)]).clip(0).sum())
             for group, held in zip(self.pool.groups, self._held, strict=True)
         ]
 
-    def extend(self, tokens: Sequence[int]) -> None:
-        """Give the first rows the pages to hold so many tokens each. The pool must have them free."""
+    def extend(self, tokens: Sequence[int], first: int = 0) -> None:
+        """Give the rows from `first` on the pages to hold so many tokens each. The pool must have them free."""
         counts = np.array(tokens, np.int64)
         for group, table, held in zip(self.pool.groups, self.tables, self._held, strict=True):
             wanted = group.pages_for(counts)
-            for row in np.flatnonzero(wanted > held[: len(counts)]):
-                table[row, held[row] : wanted[row]] = group.take(int(wanted[row] - held[row]))
-                held[row] = wanted[row]
+            for i in np.flatnonzero(wanted > held[first : first + len(counts)]):
+                row = first + i
+                table[row, held[row] : wanted[i]] = group.take(int(wanted[i] - held[row]))
+                held[row] = wanted[i]
                 self.version += 1
 
     def renumber(self, group: int, numbers: np.ndarray) -> None:
@@ -213,7 +215,7 @@ class RowCache:
     def read(self, first: int, spans: Sequence[Sequence[int]]) -> torch.Tensor:
         """Add some tokens, at least one, to each of the rows from `first` on; logits (rows, V) after the last of each."""
         lengths = [len(span) for span in spans]
-        if isinstance(self._decoder, CpuDecoder) and self._decoder.reads(self.positions[first:], lengths):
+        if self._decoder is not None and self._decoder.reads(self.positions[first:], lengths):
             return self._decoder.read(self, first, spans)
         ids = [[*span, *[0] * (max(lengths) - len(span))] for span in spans]
         return self.forward(first, first + len(spans), torch.tensor(ids, device=self.device), lengths)

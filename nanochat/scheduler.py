@@ -42,6 +42,7 @@ from nanochat.sampling import (
 from nanochat.speculation import guess
 
 PREFILL_TOKENS = 4096  # padded prompt tokens per step; on a processor only while no row is ready
+SOON = 256  # new tokens of a request that memory is taken for before it begins
 LOOK_AHEAD = 256  # waiting requests that are considered in one step
 TOOL_WAIT_S = 0.05  # how long a step may wait for tools when there is nothing else to do
 
@@ -215,9 +216,11 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Give rows to waiting requests in their order, except to those that gain from a row being read now."""
-        if not self.waiting:
+        if not self.waiting or len(self.running) == self.max_batch:
             return
         self.prefixes.validate(weights_version(self.model))
+        if self.run_ahead:
+            self._grow_for_all()
         coming, whole = self._being_read()
         for request in list(islice(self.waiting, LOOK_AHEAD)):
             if len(self.running) >= self.max_batch:
@@ -239,6 +242,16 @@ class Scheduler:
             if self._missing(len(self.running) - 1) > 1:  # or it reads no prompt that others could wait for
                 coming |= set(names[len(known) :])
                 whole.add(tuple(request.span(0, tokens)))
+
+    def _grow_for_all(self) -> None:
+        """Have pages for all that are about to run, where memory allows it.
+
+        Growing little by little would lose the recorded steps each time.
+        """
+        soon = [*self.running, *islice(self.waiting, self.max_batch - len(self.running))]
+        wanted = self.cache.missing([r.num_tokens + min(r.limit - len(r.tokens), SOON) for r in soon])
+        if self.pool.fits(wanted):
+            self.pool.ensure(wanted)
 
     def _being_read(self) -> tuple[set[bytes], set[tuple[int, ...]]]:
         """Names of the blocks that running rows have yet to read, and all tokens of these rows."""
@@ -263,13 +276,11 @@ class Scheduler:
             filled = len(known) * PAGE
             self.cache.load(row, known, request.span(filled - 1, filled)[0])
             self.prefixes.tokens_reused += filled
-        reserved = self._reserve()
-        assert reserved
+        self.cache.extend([request.num_tokens], row)
         return True
 
     def _room_for(self, request: Request, known: list[list[int]]) -> bool:
-        tokens = [*(r.num_tokens for r in self.running), request.num_tokens]
-        missing = self.cache.missing(tokens)
+        missing = self.cache.missing([request.num_tokens], len(self.running))
         shared = [0 if group.wraps else len(known) for group in self.pool.groups]
         return self.prefixes.make_room([m - s for m, s in zip(missing, shared, strict=True)], len(known))
 

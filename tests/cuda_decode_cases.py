@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nanochat.cuda_decode import CudaDecoder
+from nanochat.cuda_network import CudaNetwork
 from nanochat.gpt import GPT, NORM_EPS
 from nanochat.quantize import QuantizedLinear, replace_matrices
 from nanochat.row_cache import RowCache
@@ -85,7 +86,7 @@ def test_quantised(kind, lengths):
 def test_products_of_quantised_matrices(rows, inputs, sizes, kind, dtype):
     """With all that is fused; odd sizes, K in one part and in several, one layer and three."""
     torch.manual_seed(rows)
-    decoder = CudaDecoder(small_model("classic", vocab_size=31), use_graphs=False)
+    network = CudaNetwork(small_model("classic", vocab_size=31))
     linears = [torch.nn.Linear(inputs, size, bias=False, device=DEVICE) for size in sizes]
     layers = [QuantizedLinear(linear, KINDS[kind]) for linear in linears]
     matrix = torch.cat([layer.weight.double() * layer.scale[:, None].double() for layer in layers])
@@ -100,11 +101,13 @@ def test_products_of_quantised_matrices(rows, inputs, sizes, kind, dtype):
         ({"square": True}, exact.relu().square()),
         *([({"norm": True, "softcap": 15.0}, capped)] if len(layers) == 1 else []),
     ):
-        found = decoder._linear(x, layers, **given)
+        found = network.linear(x, layers, **given)
         assert found.dtype == (torch.float32 if "softcap" in given else dtype)
-        error = max(torch.finfo(dtype).eps, 2e-6)
+        error = max(
+            torch.finfo(dtype).eps, 2e-6 * max(inputs / 512, 1) ** 0.5
+        )  # sums of more numbers are rounded more
         torch.testing.assert_close(found.double(), expected, atol=error, rtol=error)
-    assert not decoder._arrived.any()
+    assert not network.arrived.any()
 
 
 @torch.inference_mode()
@@ -119,3 +122,23 @@ def test_padding_spares_rows_that_are_not_ready():
     theirs.decode(3, [1, 2, 3])
     more = torch.tensor([[4, 5, 6]], device=DEVICE)
     torch.testing.assert_close(ours.forward(3, 4, more), theirs.forward(3, 4, more), atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("architecture", "kv_heads"), [("classic", 4), ("modern", 2)])
+def test_prompts(architecture, kv_heads):
+    """Rows that are read in chunks of their own, beyond windows and rings, and then go on one token at a time."""
+    model = small_model(architecture, n_kv_head=kv_heads, n_layer=3, **WINDOWS)
+    decoder = CudaDecoder(model, use_graphs=HAS_GPU)
+    ours, theirs = begun_cache(model, 3, 80, 40), begun_cache(model, 3, 80, 40)
+    ours._decoder, theirs._decoder = decoder, None
+    rng = random.Random(kv_heads)
+    for chunks in ([40, 3, 1], [32, 33, 1], [2, 35, 40]):
+        spans = [rng.choices(range(64), k=count) for count in chunks]
+        torch.testing.assert_close(ours.read(0, spans), theirs.read(0, spans), atol=3e-5, rtol=0)
+    spans = [rng.choices(range(64), k=count) for count in (3, 1)]
+    torch.testing.assert_close(ours.read(1, spans), theirs.read(1, spans), atol=3e-5, rtol=0)
+    for _ in range(2):
+        ids = rng.choices(range(64), k=3)
+        torch.testing.assert_close(ours.decode(3, ids), theirs.decode(3, ids), atol=3e-5, rtol=0)
+    assert ours.positions == theirs.positions

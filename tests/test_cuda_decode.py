@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from nanochat.cuda_decode import CudaDecoder, bucket, is_suitable
+from nanochat.cuda_read import _tile
 from nanochat.lora import add_adapters
+from nanochat.row_cache import _MOST_PADDING
 from tests.toy_model import random_model
 
 ROOT = Path(__file__).parents[1]
@@ -28,17 +30,22 @@ def test_kernels():
 
 
 def test_buckets():
-    assert [bucket(rows) for rows in (1, 2, 3, 5, 8, 9, 24, 64, 65, 200)] == [
-        1,
-        2,
-        4,
-        8,
-        8,
-        16,
-        24,
-        64,
-        96,
-        224,
+    expected = {1: 1, 2: 2, 3: 4, 5: 8, 8: 8, 9: 16, 24: 32, 64: 64, 65: 128, 200: 256, 257: 320}
+    assert {rows: bucket(rows) for rows in expected} == expected
+    assert max(bucket(rows) - rows for rows in range(1, 1000)) < _MOST_PADDING
+
+
+def test_tiles_of_prompts_fit_the_shared_memory():
+    h100, rtx_4090, t4 = 227 << 10, 99 << 10, 64 << 10
+    assert [_tile(128, 2, shared) for shared in (h100, rtx_4090, t4)] == [
+        (64, 64, 2),
+        (64, 64, 2),
+        (64, 32, 2),
+    ]
+    assert [_tile(256, 4, shared) for shared in (h100, rtx_4090, t4)] == [
+        (32, 32, 2),
+        (32, 32, 1),
+        (16, 16, 1),
     ]
 
 

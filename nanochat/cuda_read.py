@@ -1,0 +1,126 @@
+"""Prompts on NVIDIA GPUs: tokens of many rows in one line, each row as many as it has, without padding.
+
+PyTorch takes some sixty kernels for a layer, which is longer than a GPU computes; here they are about ten. Keys and
+values go into their pages, and attention reads them there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat.cuda_network import LOG2_E, CudaNetwork
+from nanochat.gpt import NORM_EPS, SMEAR_CHANNELS
+from nanochat.page_pool import PAGE
+
+if TYPE_CHECKING:
+    from nanochat.row_cache import RowCache
+
+_ALIGNMENT = 4  # numbers of 4 bytes; kernels are compiled for addresses that 16 divides
+
+
+class PromptReader:
+    """Reads chunks of prompts with a network."""
+
+    def __init__(self, network: CudaNetwork) -> None:
+        self._network, self._model = network, network.model
+        device, itemsize = self._model.get_device(), self._model.compute_dtype.itemsize
+        shared = 48 << 10
+        if device.type == "cuda":
+            shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        self._block_m, self._block_n, self._stages = _tile(self._model.config.head_dim, itemsize, shared)
+
+    def read(self, cache: RowCache, first: int, spans: Sequence[Sequence[int]]) -> Tensor:
+        """Add some tokens, at least one, to each of the rows from `first` on; logits (rows, V) fp32 after the last of each."""
+        model, config = self._model, self._model.config
+        counts, starts = [len(span) for span in spans], cache.positions[first : first + len(spans)]
+        ends = np.cumsum(counts)
+        ids, rows, positions, begins, last, tiles, *tables = self._upload(
+            np.fromiter(chain.from_iterable(spans), np.int32, ends[-1]),
+            np.repeat(np.arange(len(spans)), counts),
+            np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)]),
+            ends - counts,
+            ends - 1,
+            self._tiles(starts, counts),
+            *(table[first : first + len(spans)] for table in cache.tables),
+        )
+        x = F.rms_norm(
+            F.embedding(ids, model.wte.weight).to(model.compute_dtype), (config.n_embd,), eps=NORM_EPS
+        )
+        if cache.previous is not None:
+            previous = torch.cat([x[:1], x[:-1]])
+            previous[begins] = cache.previous[first : first + len(spans), 0]
+            cache.previous[first : first + len(spans), 0] = x[last]
+            gate = torch.sigmoid(model.smear_gate(x[:, :SMEAR_CHANNELS])) * model.smear_lambda.to(x.dtype)
+            x = x + gate * previous
+
+        def attend(layer: int, qkv: Tensor, x_in: Tensor) -> Tensor:
+            pages = tables[cache.pool.group_of[layer]]
+            return self._attend(cache, layer, qkv, x_in, ids, rows, positions, tiles, pages)
+
+        logits = self._network.blocks(x, attend, last)
+        cache.positions[first : first + len(spans)] = [s + n for s, n in zip(starts, counts, strict=True)]
+        return logits
+
+    def _tiles(self, starts: Sequence[int], counts: Sequence[int]) -> np.ndarray:
+        """(n, 4): row, first token, its position and number of tokens of each tile; the longest come first."""
+        tiles, begin = [], 0
+        for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+            for offset in range(0, count, self._block_m):
+                tiles.append((row, begin + offset, start + offset, min(count - offset, self._block_m)))
+            begin += count
+        return np.array(sorted(tiles, key=lambda tile: -tile[2]))
+
+    def _upload(self, *arrays: np.ndarray) -> list[Tensor]:
+        """Arrays as int32 on the device, in one copy that does not wait for what runs there."""
+        places = np.cumsum([0, *(-(-array.size // _ALIGNMENT) * _ALIGNMENT for array in arrays)])
+        host = torch.empty(int(places[-1]), dtype=torch.int32)
+        if self._model.get_device().type == "cuda":
+            host = host.pin_memory()
+        for array, place in zip(arrays, places, strict=False):
+            host[place : place + array.size] = torch.from_numpy(array.astype(np.int32)).flatten()
+        whole = host.to(self._model.get_device(), non_blocking=True)
+        return [
+            whole[place : place + array.size].view(array.shape)
+            for array, place in zip(arrays, places.tolist(), strict=False)
+        ]
+
+    def _attend(
+        self, cache: RowCache, layer: int, qkv: Tensor, x_in: Tensor, ids: Tensor, rows: Tensor, positions: Tensor,
+        tiles: Tensor, pages: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Attention (tokens, C) of a layer after queries, keys and values have got their place."""
+        network, model, config = self._network, self._model, self._model.config
+        heads, kv_heads, dim = config.n_head, config.n_kv_head, config.head_dim
+        keys, values = cache.pool.keys[layer], cache.pool.values[layer]
+        slots, slot_stride = cache.tables[cache.pool.group_of[layer]].shape[1] * PAGE, keys.stride(1)
+        queries = qkv.new_empty(len(qkv), heads * dim)
+        network.kernels.place[(len(qkv),)](
+            qkv, queries, keys, values, pages, rows, positions, model.cos, model.sin, ids, *network.gate(layer, x_in),
+            qkv.stride(0), pages.stride(0), slot_stride, slots, config.kv_width, x_in.stride(0), NORM_EPS,
+            config.qk_scale, config.ve_gate_scale, HEADS=heads, KV_HEADS=kv_heads, DIM=dim,
+            GATE=network.gate_channels(layer), PAGE=PAGE, BLOCK_Q=1 << (heads - 1).bit_length(),
+            BLOCK_K=1 << (kv_heads - 1).bit_length(), num_warps=4,
+        )  # fmt: skip
+        out = torch.empty_like(queries)
+        network.kernels.attend_prompt[len(tiles), heads](
+            queries, keys, values, pages, tiles, out, pages.stride(0), slot_stride, slots, config.window_sizes[layer],
+            LOG2_E / dim**0.5, HEADS=heads, GROUP=heads // kv_heads, DIM=dim, PAGE=PAGE, BLOCK_M=self._block_m,
+            BLOCK_N=self._block_n, num_warps=4, num_stages=self._stages,
+        )  # fmt: skip
+        return out
+
+
+def _tile(head_dim: int, itemsize: int, shared: int) -> tuple[int, int, int]:
+    """(queries, keys, stages) of a program of attend_prompt that fit the shared memory of a GPU: its queries, and keys and values of each stage."""
+    sizes = [(64, 64, 2), (64, 32, 2), (32, 32, 2), (32, 32, 1), (16, 16, 1)]
+    if itemsize == 4:  # without tensor cores more would not be faster
+        sizes = sizes[2:]
+    fitting = [(m, n, s) for m, n, s in sizes if head_dim * itemsize * (m + 2 * n * s) <= shared]
+    return fitting[0] if fitting else sizes[-1]
