@@ -88,8 +88,9 @@ class CudaDecoder:
         return logits[:rows].clone()
 
     def reads(self, positions: Sequence[int], counts: Sequence[int]) -> bool:
-        """Whether `read` is to be taken for so many tokens at these positions of some rows: always."""
-        return True
+        """Whether `read` is to be taken for so many tokens at these positions of some rows: always, if it runs at all."""
+        with self._on_device:
+            return self._reader.runs
 
     def read(self, cache: RowCache, first: int, spans: Sequence[Sequence[int]]) -> Tensor:
         """Add some tokens, at least one, to each of the rows from `first` on; logits (rows, V) fp32 after the last of each."""

@@ -1,11 +1,13 @@
 """Prompts on NVIDIA GPUs: tokens of many rows in one line, each row as many as it has, without padding.
 
-PyTorch takes some sixty kernels for a layer, which is longer than a GPU computes; here they are about ten. Keys and
-values go into their pages, and attention reads them there.
+PyTorch takes dozens of kernels for a layer, and starting them takes longer than a GPU computes; here they are eleven.
+Keys and values go into their pages, and attention reads them there.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -33,8 +35,27 @@ class PromptReader:
         device, itemsize = self._model.get_device(), self._model.compute_dtype.itemsize
         shared = 48 << 10
         if device.type == "cuda":
-            shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+            properties = torch.cuda.get_device_properties(device)
+            shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
         self._block_m, self._block_n, self._stages = _tile(self._model.config.head_dim, itemsize, shared)
+
+    @functools.cached_property
+    def runs(self) -> bool:
+        """Whether this GPU has the tensor cores and the shared memory that attention of prompts takes; tried once."""
+        config, device, dtype = self._model.config, self._model.get_device(), self._model.compute_dtype
+        queries = torch.zeros(1, config.n_head * config.head_dim, dtype=dtype, device=device)
+        keys = torch.zeros(1, PAGE, config.n_kv_head, config.head_dim, dtype=dtype, device=device)
+        numbers = torch.zeros(2, 16, dtype=torch.int32, device=device)
+        numbers[1, 3] = 1  # one token at position 0, on page 0
+        try:
+            self._attend_tiles(
+                queries, keys, keys, numbers[:1], numbers[1:, :4], config.window_sizes[0], PAGE
+            )
+        except Exception as error:  # compilers fail in ways of their own
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            logging.getLogger(__name__).warning("reading prompts with PyTorch: %s", lines[0][:200])
+            return False
+        return True
 
     def read(self, cache: RowCache, first: int, spans: Sequence[Sequence[int]]) -> Tensor:
         """Add some tokens, at least one, to each of the rows from `first` on; logits (rows, V) fp32 after the last of each."""
@@ -108,11 +129,24 @@ class PromptReader:
             GATE=network.gate_channels(layer), PAGE=PAGE, BLOCK_Q=1 << (heads - 1).bit_length(),
             BLOCK_K=1 << (kv_heads - 1).bit_length(), num_warps=4,
         )  # fmt: skip
-        out = torch.empty_like(queries)
-        network.kernels.attend_prompt[len(tiles), heads](
-            queries, keys, values, pages, tiles, out, pages.stride(0), slot_stride, slots, config.window_sizes[layer],
-            LOG2_E / dim**0.5, HEADS=heads, GROUP=heads // kv_heads, DIM=dim, PAGE=PAGE, BLOCK_M=self._block_m,
-            BLOCK_N=self._block_n, num_warps=4, num_stages=self._stages,
+        return self._attend_tiles(queries, keys, values, pages, tiles, config.window_sizes[layer], slots)
+
+    def _attend_tiles(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        pages: Tensor,
+        tiles: Tensor,
+        window: int,
+        slots: int,
+    ) -> Tensor:
+        config, out = self._model.config, torch.empty_like(queries)
+        self._network.kernels.attend_prompt[len(tiles), config.n_head](
+            queries, keys, values, pages, tiles, out, pages.stride(0), keys.stride(1), slots, window,
+            LOG2_E / config.head_dim**0.5, HEADS=config.n_head, GROUP=config.n_head // config.n_kv_head,
+            DIM=config.head_dim, PAGE=PAGE, BLOCK_M=self._block_m, BLOCK_N=self._block_n, num_warps=4,
+            num_stages=self._stages,
         )  # fmt: skip
         return out
 

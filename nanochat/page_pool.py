@@ -203,12 +203,16 @@ class PagePool:
     def _bytes(self, counts: Sequence[int]) -> int:
         return sum(count * group.page_bytes for count, group in zip(counts, self.groups, strict=True))
 
-    def shrink(self) -> None:
-        """Give back memory if most of it is free, but for what one row of the whole context needs."""
+    def shrink(self, soon: Sequence[int] = ()) -> None:
+        """Give back memory if most of it is free, but for what one row of the whole context needs.
+
+        soon: pages of each group that are about to be taken, and not free for that matter.
+        """
         for number, least in enumerate(self._counts(self._context)):
             group = self.groups[number]
-            if group.capacity > max(4 * group.num_used, least):
-                self._resize(number, max(2 * group.num_used, least))
+            needed = group.num_used + (soon[number] if soon else 0)
+            if group.capacity > max(4 * needed, least):
+                self._resize(number, max(2 * needed, least))
 
     def _resize(self, number: int, capacity: int) -> None:
         """Memory may end in the middle of it: then a group has its old or its new capacity, and no page is lost."""

@@ -1,7 +1,8 @@
 """Weight-only quantisation for generation (--quantize): matrices in 8 bits, with a factor for each output.
 
-Decoding reads every weight for every token, so that half the bytes are up to twice the speed. Activations, tables,
-gates and the arithmetic stay as they are. What it costs is measured on a text and printed.
+Decoding reads every weight for every token, so that on a processor half the bytes are up to twice the speed; on a GPU
+they take half the memory (LOG 2026-11-27). Activations, tables, gates and the arithmetic stay as they are. What it costs
+is measured on a text and printed.
 
 int8 has 127 equal steps up to the largest weight of an output; fp8 (e4m3) has 3 bits of mantissa. At the same
 size it rounds trained matrices four times as coarsely, so int8 is the one to choose, unless what is printed says
@@ -93,7 +94,7 @@ def replace_matrices(model: GPT, kind: str, tokenizer: Any = None) -> str:
     old = _matrix_bytes(model)
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
-            if type(module) is Linear and min(module.weight.shape) >= _SMALLEST:
+            if type(module) is Linear and min(module.weight.shape) >= _SMALLEST and "gate" not in name:
                 setattr(parent, name, QuantizedLinear(module, _DTYPES[kind]))
     line = f"{kind} weights: {old / 1e6:.1f} MB of matrices become {_matrix_bytes(model) / 1e6:.1f} MB"
     if text is None or before is None:

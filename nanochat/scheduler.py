@@ -18,6 +18,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
+from contextlib import suppress
 from itertools import islice
 
 import numpy as np
@@ -248,10 +249,17 @@ class Scheduler:
 
         Growing little by little would lose the recorded steps each time.
         """
-        soon = [*self.running, *islice(self.waiting, self.max_batch - len(self.running))]
-        wanted = self.cache.missing([r.num_tokens + min(r.limit - len(r.tokens), SOON) for r in soon])
+        wanted = self._wanted_soon()
         if self.pool.fits(wanted):
-            self.pool.ensure(wanted)
+            with suppress(
+                torch.OutOfMemoryError
+            ):  # others may have taken it, and what is needed now may still fit
+                self.pool.ensure(wanted)
+
+    def _wanted_soon(self) -> list[int]:
+        """Pages of each group that those who run, or are about to, will take."""
+        soon = [*self.running, *islice(self.waiting, self.max_batch - len(self.running))]
+        return self.cache.missing([r.num_tokens + min(r.limit - len(r.tokens), SOON) for r in soon])
 
     def _being_read(self) -> tuple[set[bytes], set[tuple[int, ...]]]:
         """Names of the blocks that running rows have yet to read, and all tokens of these rows."""
@@ -297,7 +305,7 @@ class Scheduler:
         for row in reversed(done):
             self._remove(row)
         if done:
-            self.pool.shrink()
+            self.pool.shrink(self._wanted_soon() if self.run_ahead else ())
 
     # --- tools ---------------------------------------------------------------------------------------
 

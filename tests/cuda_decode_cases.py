@@ -132,6 +132,7 @@ def test_prompts(architecture, kv_heads):
     decoder = CudaDecoder(model, use_graphs=HAS_GPU)
     ours, theirs = begun_cache(model, 3, 80, 40), begun_cache(model, 3, 80, 40)
     ours._decoder, theirs._decoder = decoder, None
+    assert ours.reads_ragged(0, [1, 2])
     rng = random.Random(kv_heads)
     for chunks in ([40, 3, 1], [32, 33, 1], [2, 35, 40]):
         spans = [rng.choices(range(64), k=count) for count in chunks]

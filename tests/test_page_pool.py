@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from contextlib import suppress
 
 import numpy as np
 import pytest
 
+from nanochat.engine import Engine
 from nanochat.page_pool import PAGE, PagePool
-from tests.toy_model import check_pages, random_model
+from nanochat.row_cache import RowCache
+from nanochat.sampling import SamplingParams
+from tests.toy_model import ByteTokenizer, ScriptedModel, check_pages, random_model
 
 
 def windowed_pool(rows: float) -> PagePool:
@@ -134,3 +138,34 @@ def test_memory_that_ends_while_pages_move_loses_none(capacity, monkeypatch):
             ).all()
         assert sorted({0, *holder.pages, *whole.free}) == list(range(whole.capacity))
         monkeypatch.setattr(pool, "_empty", empty)
+
+
+def test_memory_for_all_that_wait_comes_at_once_where_steps_are_recorded(monkeypatch):
+    """And stays for the next ones when what is remembered is forgotten."""
+    monkeypatch.setattr(RowCache, "can_run_ahead", True)
+    model, rng = random_model("classic", sequence_len=256), random.Random(0)
+    engine = Engine(model, ByteTokenizer(), cache_bytes=1 << 28, chunk_tokens=16, max_batch=32)
+    prompts = [rng.choices(range(256), k=60) for _ in range(32)]
+    for _ in range(2):
+        for prompt in prompts:
+            engine.submit(prompt, SamplingParams(temperature=0, max_tokens=8))
+        while not engine._shared.is_idle:
+            engine.step()
+            check_pages(engine.prefixes.pool)
+        assert engine.prefixes.pool.generation == 1
+        engine.prefixes.clear()
+
+
+def test_memory_does_not_come_and_go_where_answers_are_shorter_than_they_may_be(monkeypatch):
+    monkeypatch.setattr(RowCache, "can_run_ahead", True)
+    end, rng = ByteTokenizer().encode_special("<|assistant_end|>"), random.Random(0)
+    model = ScriptedModel(
+        lambda history: end if len(history) > 12 + history[0] % 16 else 65, sequence_len=512
+    )
+    engine = Engine(model, ByteTokenizer(), max_batch=64)
+    for _ in range(200):
+        engine.submit(rng.choices(range(256), k=10), SamplingParams(max_tokens=256))
+    while not engine._shared.is_idle:
+        engine.step()
+        assert engine.prefixes.pool.generation == 1 or not engine._shared.waiting
+    assert engine.prefixes.pool.generation < 10, "given back bit by bit at the end"

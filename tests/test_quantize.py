@@ -10,6 +10,7 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.engine import Engine, SamplingParams
+from nanochat.gpt import Linear
 from nanochat.quantize import QuantizedLinear, quantize, replace_matrices
 from nanochat.roofline import ModelCost
 from tests.toy_export import tokenizer, toy_model, trained
@@ -101,3 +102,10 @@ def test_unknown_kinds_are_one_line():
         quantize(random_model("classic"), "int3")
     with pytest.raises(UserError, match=r"NVIDIA.*cpu.*--quantize=int8"):
         quantize(random_model("classic"), "fp8")
+
+
+def test_gates_stay_as_they_are():
+    model = random_model("modern", n_embd=512, n_head=32, n_kv_head=32, ve_gate_channels=32)
+    replace_matrices(model, "int8")
+    assert {type(block.attn.ve_gate) for block in model.blocks if hasattr(block.attn, "ve_gate")} == {Linear}
+    assert type(model.blocks[0].attn.c_q) is QuantizedLinear

@@ -481,19 +481,3 @@ def test_other_weights_forget_the_prefixes():
     found = [column[0] for column, _ in engine.generate(prompt, max_tokens=8, temperature=0)]
     assert found == list(model.generate(prompt, len(found), temperature=0))
     assert engine.prefixes.tokens_reused == 0
-
-
-def test_memory_for_all_that_wait_comes_at_once_where_steps_are_recorded(monkeypatch):
-    """And stays for the next ones when what is remembered is forgotten."""
-    monkeypatch.setattr(RowCache, "can_run_ahead", True)
-    model, rng = small_model("classic"), random.Random(0)
-    engine = engine_for(model, rows=40, chunk_tokens=16, max_batch=32)
-    prompts = [rng.choices(range(256), k=60) for _ in range(32)]
-    for _ in range(2):
-        for prompt in prompts:
-            engine.submit(prompt, SamplingParams(temperature=0, max_tokens=8))
-        while not engine._shared.is_idle:
-            engine.step()
-            check_pages(engine.prefixes.pool)
-        assert engine.prefixes.pool.generation == 1
-        engine.prefixes.clear()
