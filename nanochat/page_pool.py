@@ -21,7 +21,8 @@ from nanochat.machine import total_ram
 from nanochat.network_config import GPTConfig
 
 PAGE = 32  # positions; cpu_decode.cpp knows it, too
-# Widest chunk of a prompt that a forward pass adds to a row. Layers with a window keep a chunk besides it.
+# Widest chunk of a prompt that a forward pass adds to a row; layers with a window keep one besides it. The last: NVIDIA's
+# GPUs without windows.
 CHUNK_TOKENS, CPU_CHUNK_TOKENS, UNWINDOWED_CHUNK_TOKENS = 512, 128, 2048
 
 
@@ -134,7 +135,8 @@ class PagePool:
     def _default_width(self, window: int) -> int:
         if self.device.type == "cpu":
             return CPU_CHUNK_TOKENS
-        return CHUNK_TOKENS if window < self._context else UNWINDOWED_CHUNK_TOKENS
+        wide = self.device.type == "cuda" and window >= self._context
+        return UNWINDOWED_CHUNK_TOKENS if wide else CHUNK_TOKENS
 
     def _ring(self, window: int) -> int:
         """Pages that a row needs so that a chunk, its padding included, never overwrites what its own queries see."""
@@ -206,7 +208,7 @@ class PagePool:
     def shrink(self, soon: Sequence[int] = ()) -> None:
         """Give back memory if most of it is free, but for what one row of the whole context needs.
 
-        soon: pages of each group that are about to be taken, and not free for that matter.
+        soon: pages of each group that will soon be taken and count as taken.
         """
         for number, least in enumerate(self._counts(self._context)):
             group = self.groups[number]
