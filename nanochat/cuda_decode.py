@@ -13,12 +13,11 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.cuda_network import LOG2_E, CudaNetwork
 from nanochat.cuda_read import PromptReader
-from nanochat.gpt import GPT, NORM_EPS, SMEAR_CHANNELS, GPTConfig
+from nanochat.gpt import GPT, NORM_EPS, GPTConfig
 from nanochat.page_pool import PAGE
 from nanochat.quantize import weight_layers
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from nanochat.row_cache import RowCache
 
 _PROGRAMS = (
-    660  # attention is split into at most so many: 5 for each multiprocessor of an H100 run at the same time
+    660  # attention is split into at most so many: an H100 runs 5 on each multiprocessor at the same time
 )
 _BLOCK = 16  # keys at a time; 32 take so many registers that only 3 do
 _MAX_PARTS = 64
@@ -54,7 +53,6 @@ class CudaDecoder:
         self._generation = -1
         self._loaded: tuple[int, int] | None = None  # version and rows of the tables
         self._steps = 0
-        self._windows = model.config.window_sizes
         self._on_device = nullcontext()
         if self._device.type == "cuda":  # Triton starts kernels on the current one, which may be another
             self._on_device = torch.cuda.device(self._device)
@@ -160,14 +158,12 @@ class CudaDecoder:
 
     def _forward(self, cache: RowCache, rows: int, span: int) -> Tensor:
         """logits (rows, V) after one more token of each row, the padding among them; no position reaches span."""
-        model, config = self._model, self._model.config
+        model = self._model
         ids, positions = self._ids[:rows], self._positions[:rows]
-        x = F.embedding(ids, model.wte.weight).to(model.compute_dtype)
-        x = F.rms_norm(x, (config.n_embd,), eps=NORM_EPS)
+        x = model.embed(ids)
         if cache.previous is not None:
             previous = cache.previous[:rows]
-            gate = torch.sigmoid(model.smear_gate(x[:, :SMEAR_CHANNELS])) * model.smear_lambda.to(x.dtype)
-            smeared = x + gate * previous[:, 0]
+            smeared = self._network.smeared(x, previous[:, 0])
             previous.copy_(torch.where(self._real[:rows], x[:, None], previous))
             x = smeared
 
@@ -199,7 +195,7 @@ class CudaDecoder:
         y = qkv.new_empty(rows, heads * dim)
         network.kernels.attend[rows, heads, parts](
             q, k, v, keys, values, pages, positions, model.cos, model.sin, ids, *network.gate(layer, x_in), sums, partial,
-            network.arrived, y, qkv.stride(0), pages.stride(0), keys.stride(1), slots, self._windows[layer],
+            network.arrived, y, qkv.stride(0), pages.stride(0), keys.stride(1), slots, model.blocks[layer].attn.window,
             config.kv_width, x_in.stride(0), NORM_EPS, config.qk_scale, config.ve_gate_scale, _largest_score(config),
             GROUP=heads // kv_heads, DIM=dim, GATE=network.gate_channels(layer), PAGE=PAGE, BLOCK=_BLOCK,
             PARTS=1 << (parts - 1).bit_length(), num_warps=2 if rows == 1 else 4,

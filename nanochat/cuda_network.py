@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.gpt import GPT, NORM_EPS, Linear
+from nanochat.gpt import GPT, NORM_EPS, SMEAR_CHANNELS, Linear
 from nanochat.quantize import QuantizedLinear
 
 LOG2_E = 1.4426950408889634
@@ -65,6 +65,12 @@ class CudaNetwork:
             x = x - model.backout_lambda.to(x.dtype) * middle
         x = x if last is None else x[last]
         return self.linear(x, [model.lm_head], norm=True, softcap=config.logit_softcap)
+
+    def smeared(self, x: Tensor, previous: Tensor) -> Tensor:
+        """Embeddings (rows, C) and a gated part of those of the tokens before, `previous` (rows, C)."""
+        model = self.model
+        gate = torch.sigmoid(model.smear_gate(x[:, :SMEAR_CHANNELS])) * model.smear_lambda.to(x.dtype)
+        return x + gate * previous
 
     def gate(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(value embeddings, what the gate reads, its weights) for kernels; anything where a layer has none."""
@@ -180,8 +186,10 @@ def _tiles(rows: int, sizes: list[int], inputs: int, itemsize: int) -> tuple[int
     """(blocks of outputs, parts of K, block sizes) of matrix_rows for activations of `itemsize` bytes.
 
     Reasoned for H100 and H200. On an H200 a product of d20 takes 5 to 8.5 us with 8 rows and 9 to 13 with 64, like
-    bf16's with what is fused, so at best the memory is halved; other tiles were not tried (LOG 2026-11-27). What is under way must cover latency times bandwidth: 0.7 us times
-    3.4 to 4.8 TB/s, 18 to 25 kB for each of 132 multiprocessors. A tile of 64 outputs and 128 inputs is 8 kB,
+    bf16's with what is fused, so at best the memory is halved; other tiles were not tried (LOG 2026-11-27).
+
+    What is under way must cover latency times bandwidth: 0.7 us times 3.4 to 4.8 TB/s, 18 to 25 kB for each of 132
+    multiprocessors. A tile of 64 outputs and 128 inputs is 8 kB,
     and of the four stages of a program three are under way: one program for each multiprocessor is just enough,
     two are safe. 64 outputs are 16 for each of four warps, the least that a tensor core takes; each block reads
     the activations once more, from the L2 cache. A part leaves 4 bytes for each row and output, so it must read

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.cuda_network import LOG2_E, CudaNetwork
-from nanochat.gpt import NORM_EPS, SMEAR_CHANNELS
+from nanochat.gpt import NORM_EPS
 from nanochat.page_pool import PAGE
 
 if TYPE_CHECKING:
@@ -48,9 +47,7 @@ class PromptReader:
         numbers = torch.zeros(2, 16, dtype=torch.int32, device=device)
         numbers[1, 3] = 1  # one token at position 0, on page 0
         try:
-            self._attend_tiles(
-                queries, keys, keys, numbers[:1], numbers[1:, :4], config.window_sizes[0], PAGE
-            )
+            self._attend_tiles(queries, keys, keys, numbers[:1], numbers[1:, :4], config.sequence_len, PAGE)
         except Exception as error:  # compilers fail in ways of their own
             lines = str(error).strip().splitlines() or [type(error).__name__]
             logging.getLogger(__name__).warning("reading prompts with PyTorch: %s", lines[0][:200])
@@ -59,7 +56,6 @@ class PromptReader:
 
     def read(self, cache: RowCache, first: int, spans: Sequence[Sequence[int]]) -> Tensor:
         """Add some tokens, at least one, to each of the rows from `first` on; logits (rows, V) fp32 after the last of each."""
-        model, config = self._model, self._model.config
         counts, starts = [len(span) for span in spans], cache.positions[first : first + len(spans)]
         ends = np.cumsum(counts)
         ids, rows, positions, begins, last, tiles, *tables = self._upload(
@@ -71,15 +67,12 @@ class PromptReader:
             self._tiles(starts, counts),
             *(table[first : first + len(spans)] for table in cache.tables),
         )
-        x = F.rms_norm(
-            F.embedding(ids, model.wte.weight).to(model.compute_dtype), (config.n_embd,), eps=NORM_EPS
-        )
+        x = self._model.embed(ids)
         if cache.previous is not None:
             previous = torch.cat([x[:1], x[:-1]])
             previous[begins] = cache.previous[first : first + len(spans), 0]
             cache.previous[first : first + len(spans), 0] = x[last]
-            gate = torch.sigmoid(model.smear_gate(x[:, :SMEAR_CHANNELS])) * model.smear_lambda.to(x.dtype)
-            x = x + gate * previous
+            x = self._network.smeared(x, previous)
 
         def attend(layer: int, qkv: Tensor, x_in: Tensor) -> Tensor:
             pages = tables[cache.pool.group_of[layer]]
@@ -101,12 +94,11 @@ class PromptReader:
     def _upload(self, *arrays: np.ndarray) -> list[Tensor]:
         """Arrays as int32 on the device, in one copy that does not wait for what runs there."""
         places = np.cumsum([0, *(-(-array.size // _ALIGNMENT) * _ALIGNMENT for array in arrays)])
-        host = torch.empty(int(places[-1]), dtype=torch.int32)
-        if self._model.get_device().type == "cuda":
-            host = host.pin_memory()
+        device = self._model.get_device()
+        host = torch.empty(int(places[-1]), dtype=torch.int32, pin_memory=device.type == "cuda")
         for array, place in zip(arrays, places, strict=False):
             host[place : place + array.size] = torch.from_numpy(array.astype(np.int32)).flatten()
-        whole = host.to(self._model.get_device(), non_blocking=True)
+        whole = host.to(device, non_blocking=True)
         return [
             whole[place : place + array.size].view(array.shape)
             for array, place in zip(arrays, places.tolist(), strict=False)
@@ -120,16 +112,16 @@ class PromptReader:
         network, model, config = self._network, self._model, self._model.config
         heads, kv_heads, dim = config.n_head, config.n_kv_head, config.head_dim
         keys, values = cache.pool.keys[layer], cache.pool.values[layer]
-        slots, slot_stride = cache.tables[cache.pool.group_of[layer]].shape[1] * PAGE, keys.stride(1)
+        slots = pages.size(1) * PAGE
         queries = qkv.new_empty(len(qkv), heads * dim)
         network.kernels.place[(len(qkv),)](
             qkv, queries, keys, values, pages, rows, positions, model.cos, model.sin, ids, *network.gate(layer, x_in),
-            qkv.stride(0), pages.stride(0), slot_stride, slots, config.kv_width, x_in.stride(0), NORM_EPS,
+            qkv.stride(0), pages.stride(0), keys.stride(1), slots, config.kv_width, x_in.stride(0), NORM_EPS,
             config.qk_scale, config.ve_gate_scale, HEADS=heads, KV_HEADS=kv_heads, DIM=dim,
             GATE=network.gate_channels(layer), PAGE=PAGE, BLOCK_Q=1 << (heads - 1).bit_length(),
             BLOCK_K=1 << (kv_heads - 1).bit_length(), num_warps=4,
         )  # fmt: skip
-        return self._attend_tiles(queries, keys, values, pages, tiles, config.window_sizes[layer], slots)
+        return self._attend_tiles(queries, keys, values, pages, tiles, model.blocks[layer].attn.window, slots)
 
     def _attend_tiles(
         self,

@@ -251,9 +251,8 @@ class Scheduler:
         """
         wanted = self._wanted_soon()
         if self.pool.fits(wanted):
-            with suppress(
-                torch.OutOfMemoryError
-            ):  # others may have taken it, and what is needed now may still fit
+            # Others may have taken it, and what is needed now may still fit.
+            with suppress(torch.OutOfMemoryError):
                 self.pool.ensure(wanted)
 
     def _wanted_soon(self) -> list[int]:
