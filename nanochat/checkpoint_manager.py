@@ -208,10 +208,11 @@ def refuse_irreplaceable(directory: Path) -> None:
             )
 
 
-def check_files(directory: Path, step: int, contents: bool = True) -> str | None:
+def check_files(directory: Path, step: int, contents: bool = True, to_resume: bool = True) -> str | None:
     """None if a checkpoint's files are as they were written, else what is wrong with them.
 
-    contents: whether to read and hash them, a second or more per GB, or to look at their sizes only.
+    contents: whether to read and hash them, a second or more per GB, or to look at their sizes only. to_resume: whether
+    the optimizer state is needed, which may have been deleted to save space.
     """
     meta = directory / f"meta_{step:06d}.json"
     try:
@@ -225,6 +226,8 @@ def check_files(directory: Path, step: int, contents: bool = True) -> str | None
     for name, expected in files.items():
         path = directory / name
         if not path.exists():
+            if name.startswith("optim_") and not to_resume:
+                continue
             return f"{path} is missing"
         if path.stat().st_size != expected["size"]:
             return f"{path} has {path.stat().st_size:,} bytes instead of {expected['size']:,}"
@@ -233,10 +236,10 @@ def check_files(directory: Path, step: int, contents: bool = True) -> str | None
     return None
 
 
-def newest_good_step(directory: Path, contents: bool = True) -> int | None:
-    """The last step whose files are whole; damaged ones are named and passed over. None if there is none."""
+def newest_good_step(directory: Path, contents: bool = True, to_resume: bool = True) -> int | None:
+    """The last step whose files are whole; others are named and passed over. None if there is none. As check_files."""
     for step in reversed(list_steps(directory)):
-        problem = check_files(directory, step, contents)
+        problem = check_files(directory, step, contents, to_resume)
         if problem is None:
             return step
         print0(f"warning: checkpoint {step} in {directory} is not usable: {problem}", file=sys.stderr)
@@ -262,7 +265,7 @@ def find_model_tag(checkpoints: Path) -> str:
 def locate(
     stage: str, model_tag: str | None = None, step: int | None = None, contents: bool = True
 ) -> tuple[Path, int]:
-    """Folder and step of a checkpoint of a stage. Raises UserError if there is none or it is damaged.
+    """Folder and step of a checkpoint of a stage, for its model. Raises UserError if there is none or it is damaged.
 
     contents as in check_files.
     """
@@ -272,13 +275,13 @@ def locate(
         have = sorted(path.name for path in checkpoints.glob("*") if list_steps(path))
         raise UserError(f"no {stage} checkpoint {directory}; there are: {', '.join(have) or 'none'}")
     if step is None:
-        step = newest_good_step(directory, contents)
+        step = newest_good_step(directory, contents, to_resume=False)
         if step is None:
             raise UserError(f"every checkpoint in {directory} is damaged; train that stage again")
         return directory, step
     if step not in list_steps(directory):
         raise UserError(f"no step {step} in {directory}; there are: {list_steps(directory)}")
-    if problem := check_files(directory, step, contents):
+    if problem := check_files(directory, step, contents, to_resume=False):
         raise UserError(f"checkpoint cannot be used: {problem}")
     return directory, step
 

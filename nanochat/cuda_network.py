@@ -5,6 +5,7 @@ Weights are used where they lie, so that training in place is seen.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,17 @@ _ENOUGH = 264  # programs of such a product, two for each multiprocessor of an H
 
 Layer = Linear | QuantizedLinear
 Attend = Callable[[int, Tensor, Tensor], Tensor]
+
+
+def works(attempt: Callable[[], object], otherwise: str) -> bool:
+    """Whether kernels compile and run on a GPU when they are tried; if not, a warning says what happens `otherwise`."""
+    try:
+        attempt()
+    except Exception as error:  # compilers fail in ways of their own
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        logging.getLogger(__name__).warning("%s: %s", otherwise, lines[0][:200])
+        return False
+    return True
 
 
 class CudaNetwork:

@@ -7,7 +7,6 @@ Keys and values go into their pages, and attention reads them there.
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat.cuda_network import LOG2_E, CudaNetwork
+from nanochat.cuda_network import LOG2_E, CudaNetwork, works
 from nanochat.gpt import NORM_EPS
 from nanochat.page_pool import PAGE
 
@@ -46,13 +45,12 @@ class PromptReader:
         keys = torch.zeros(1, PAGE, config.n_kv_head, config.head_dim, dtype=dtype, device=device)
         numbers = torch.zeros(2, 16, dtype=torch.int32, device=device)
         numbers[1, 3] = 1  # one token at position 0, on page 0
-        try:
-            self._attend_tiles(queries, keys, keys, numbers[:1], numbers[1:, :4], config.sequence_len, PAGE)
-        except Exception as error:  # compilers fail in ways of their own
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            logging.getLogger(__name__).warning("reading prompts with PyTorch: %s", lines[0][:200])
-            return False
-        return True
+        return works(
+            lambda: self._attend_tiles(
+                queries, keys, keys, numbers[:1], numbers[1:, :4], config.sequence_len, PAGE
+            ),
+            otherwise="reading prompts with PyTorch",
+        )
 
     def read(self, cache: RowCache, first: int, spans: Sequence[Sequence[int]]) -> Tensor:
         """Add some tokens, at least one, to each of the rows from `first` on; logits (rows, V) fp32 after the last of each."""

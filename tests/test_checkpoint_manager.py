@@ -128,6 +128,16 @@ def test_damage_is_found_and_the_older_checkpoint_used(tiny_run, model, damage, 
         cm.locate("base", step=2)
 
 
+def test_a_model_is_used_without_the_optimizer_state_but_not_resumed(tiny_run, model, capsys):
+    save(tiny_run, model, step=1, optimizer_state={"state": {}})
+    directory = save(tiny_run, model, step=2, optimizer_state={"state": {}})
+    (directory / "optim_000002.pt").unlink()
+    assert cm.locate("base") == cm.locate("base", step=2) == (directory, 2)
+    assert capsys.readouterr().err == ""
+    assert cm.newest_good_step(directory) == 1
+    assert "optim_000002.pt is missing" in capsys.readouterr().err
+
+
 def test_nothing_pickled_is_ever_run(tiny_run, model):
     directory = save(tiny_run, model)
 
