@@ -98,6 +98,7 @@ def fit_batch(model: GPT, optimizer: MuonAdamW, world: World, seq_len: int, tota
             speed = world.size * trial.rows * seq_len / trial.seconds
             print0(f"  tried {trial.rows} rows: {trial.bytes / 2**30:.2f} GiB, {speed:,.0f} tok/s uncompiled")
             trials.append(trial)
+        _forget_trials(world.device)
         if trials:
             chosen = best(trials)
             kept = (
@@ -116,9 +117,7 @@ def _measure(model: GPT, optimizer: MuonAdamW, world: World, seq_len: int, rows:
     """Two passes, of which the second finds gradients, as with accumulation; then a step that changes nothing."""
     device, seconds, failed = world.device, 0.0, 0.0
     ids = torch.arange(rows * seq_len, device=device).view(rows, seq_len) % model.config.vocab_size
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+    _forget_trials(device)
     try:
         for _ in range(2):
             started = time.perf_counter()
@@ -126,15 +125,31 @@ def _measure(model: GPT, optimizer: MuonAdamW, world: World, seq_len: int, rows:
             synchronize(device)
             seconds = time.perf_counter() - started
     except RuntimeError as error:
-        if "memory" not in str(error):
+        if not _is_out_of_memory(error):
             raise
         failed = 1.0
     failed, seconds = _largest(world, failed), _largest(world, seconds)
     if not failed and rows == 1:
-        optimizer.step(skip=torch.ones((), dtype=torch.bool, device=device))
+        try:
+            optimizer.step(skip=torch.ones((), dtype=torch.bool, device=device))
+        except RuntimeError as error:
+            if world.size > 1 or not _is_out_of_memory(error):  # the other ranks wait within the step
+                raise
+            failed = 1.0
     used = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_memory_bytes(device)
     model.zero_grad(set_to_none=True)
     return None if failed else Trial(rows, _largest(world, used), seconds)
+
+
+def _forget_trials(device: torch.device) -> None:
+    """Give back what trials left cached, and let the peak be that of what follows."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return any(sign in str(error) for sign in ("memory", "ALLOC_FAILED"))  # the latter is cuBLAS's
 
 
 def _largest(world: World, value: float) -> float:

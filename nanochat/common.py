@@ -230,6 +230,7 @@ def distributed(device_type: str = "", seed: int = 42) -> Iterator[World]:
     import torch.distributed as dist
 
     is_distributed, rank, local_rank, world_size = get_dist_info()
+    all_agree = False
     device_type = device_type or autodetect_device_type()
     device = check_device(device_type, local_rank if is_distributed else 0)
     torch.manual_seed(seed)
@@ -247,12 +248,14 @@ def distributed(device_type: str = "", seed: int = 42) -> Iterator[World]:
         yield World(rank, local_rank, world_size, device)
         if is_distributed:
             dist.barrier()  # destroying the group while a peer still communicates aborts that peer
+        all_agree = True
     except RuntimeError as error:
         if is_distributed and (problem := _lost_peer(rank, str(error))):
             raise UserError(problem) from error
         raise
     finally:
-        if is_distributed:
+        # NCCL's would wait for the others, which may wait for this rank: after an error it ends with the process.
+        if is_distributed and (all_agree or device.type != "cuda"):
             dist.destroy_process_group()
 
 

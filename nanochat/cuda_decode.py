@@ -80,7 +80,10 @@ class CudaDecoder:
             else:
                 logits = self._forward(cache, padded, span)
                 if self._use_graphs:
-                    self._record(cache, padded, span)
+                    try:
+                        self._record(cache, padded, span)
+                    except torch.OutOfMemoryError:  # while recording, cached memory is not given back
+                        torch.cuda.empty_cache()
         cache.positions[:rows] = [position + 1 for position in cache.positions[:rows]]
         return logits[:rows].clone()
 

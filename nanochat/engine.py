@@ -18,6 +18,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from nanochat.calculator import ToolFormat, use_calculator
 from nanochat.configurator import option, run
 from nanochat.gpt import GPT
@@ -228,6 +230,11 @@ class Engine:
             requests[i] = scheduler.submit(prompts[i], each[i], stream=i if shared else 0)
         while not scheduler.is_idle:
             scheduler.step()
+        if (
+            scheduler.run_ahead
+        ):  # nothing else could use what its recorded steps held, see torch's graph pools
+            del scheduler
+            torch.cuda.empty_cache()
         return [_completion(requests[i]) for i in range(len(prompts))]
 
 

@@ -186,8 +186,10 @@ def choose_rows(
     from nanochat.batch_fit import fit_batch
     from nanochat.common import device_name
 
-    metas = [found.meta for found in (beginning.resume_from, beginning.source) if found is not None]
-    like = {"max_seq_len": length, "device": device_name(world.device)}
+    alike = beginning.resume_from, None if cfg.add_layers else beginning.source
+    metas = [found.meta for found in alike if found is not None]
+    # Fewer ranks hold more of the optimizer's state each.
+    like = {"max_seq_len": length, "device": device_name(world.device), "world_size": world.size}
     before = next((meta for meta in metas if all(meta.get(k) == v for k, v in like.items())), None)
     model.recompute = bool(before and before["recompute"])
     if cfg.device_batch_size is not None:

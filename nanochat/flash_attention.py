@@ -137,21 +137,28 @@ def _load_fa2() -> Attend:
 def _load_flex() -> Attend:
     """flex makes a kernel that skips what a window hides, where torch's own would compute all and mask it.
 
-    It compiles for each length, so only training's rows go through it; full attention stays with torch's kernel.
+    It compiles for each shape, so only training's rows go through it, and of many shapes the first ones; full attention
+    stays with torch's kernel.
     """
     compiled = torch.compile(flex_attention, dynamic=False)
+    shapes = set()
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
         length = q.size(1)
         if not 0 <= window < length - 1 or length % _FLEX_BLOCK or not torch.is_grad_enabled():
             return _torch_attention(q, k, v, window)
-        run = flex_attention if torch.compiler.is_compiling() else compiled
-        return run(q, k, v, window)
+        if torch.compiler.is_compiling():
+            return flex_attention(q, k, v, window)
+        shapes.add((q.shape, k.shape, window))
+        if len(shapes) > _FLEX_SHAPES:
+            return _torch_attention(q, k, v, window)
+        return compiled(q, k, v, window)
 
     return attend
 
 
 _FLEX_BLOCK = 128
+_FLEX_SHAPES = 8  # beyond, torch.compile would give up and hold all scores
 
 
 def flex_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:

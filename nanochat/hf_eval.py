@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from nanochat.common import UserError, read_json
 from nanochat.tokenizer_hf import HuggingFaceTokenizer
 
+_LOGIT_BYTES = 2**30  # of fp32 logits at once; the loss makes as much again
+
 
 class HuggingFaceModel:
     """Logits or losses of a `transformers` model. max_seq_len is None where nothing limits it."""
@@ -43,12 +45,19 @@ class HuggingFaceModel:
     def __call__(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None, loss_reduction: str = "mean"
     ) -> torch.Tensor:
-        """Logits (B, T, V), or the loss at targets (B, T) with -1 ignored."""
-        logits = self.model(idx).logits
+        """Logits (B, T, V), or the loss at targets (B, T) with -1 ignored; the loss of each only a few rows at a time."""
         if targets is None:
-            return logits
-        flat = logits.float().view(-1, logits.size(-1))
-        return F.cross_entropy(flat, targets.view(-1), ignore_index=-1, reduction=loss_reduction)
+            return self.model(idx).logits
+        if loss_reduction == "none" and len(idx) > 1:
+            vocab_size = cast(Any, self.model).get_output_embeddings().weight.size(0)
+            rows = max(_LOGIT_BYTES // (4 * idx.size(1) * vocab_size), 1)
+            parts = zip(idx.split(rows), targets.split(rows), strict=True)
+            return torch.cat([self._losses(*part, loss_reduction) for part in parts])
+        return self._losses(idx, targets, loss_reduction)
+
+    def _losses(self, idx: torch.Tensor, targets: torch.Tensor, loss_reduction: str) -> torch.Tensor:
+        flat = self.model(idx).logits.float().flatten(0, 1)
+        return F.cross_entropy(flat, targets.flatten(), ignore_index=-1, reduction=loss_reduction)
 
 
 def _class_for(path: str, otherwise: Any) -> Any:

@@ -289,7 +289,8 @@ def _backward(plan: RLPlan, run: TrainingRun, batches: list[PolicyBatch], num_to
         total += loss.detach()
     if not batches:  # other ranks have gradients; all take part in their sum
         for parameter in run.model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
     return total
 
 

@@ -7,7 +7,7 @@ import torch
 
 from nanochat.batch_fit import Trial, best, candidates, search
 from nanochat.checkpoint_manager import Checkpoint
-from nanochat.common import UserError
+from nanochat.common import UserError, read_json, write_json
 from tests.training import BASE_FLAGS, run_here, weights
 
 pytestmark = pytest.mark.usefixtures("one_seeded_thread")
@@ -76,7 +76,17 @@ def test_where_nothing_fits_it_says_so(tiny_run, monkeypatch):
         run_here("base_train", device_batch_size=None)
 
 
-def test_an_interrupted_run_keeps_its_batch_and_the_next_stage_too(tiny_run):
+@pytest.mark.parametrize("said", ["CUDA out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"])
+def test_memory_may_end_in_the_optimizer_step(tiny_run, monkeypatch, said):
+    def step(self, skip=None):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("nanochat.optim.MuonAdamW.step", step)
+    with pytest.raises(UserError, match="not even one row of 64 tokens fits"):
+        run_here("base_train", device_batch_size=None)
+
+
+def test_an_interrupted_run_keeps_its_batch_and_the_next_stage_too(tiny_run, capsys):
     run_here("base_train", save_every=3, device_batch_size=4, recompute=True)
     directory = tiny_run / "base_checkpoints" / "t"
     for path in directory.glob("*_000006.*"):
@@ -87,3 +97,8 @@ def test_an_interrupted_run_keeps_its_batch_and_the_next_stage_too(tiny_run):
     run_here("mid_train", source="base", num_iterations=1, eval_every=-1)
     meta = Checkpoint.open(tiny_run / "mid_checkpoints" / "t", 1).meta
     assert (meta["device_batch_size"], meta["recompute"]) == (4, True)
+    of_eight_ranks = read_json(directory / "meta_000006.json") | {"world_size": 8}
+    write_json(directory / "meta_000006.json", of_eight_ranks)
+    capsys.readouterr()
+    run_here("mid_train", source="base", num_iterations=1, eval_every=-1, resume="never")
+    assert "rows (auto" in capsys.readouterr().out

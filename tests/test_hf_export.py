@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+from nanochat import hf_eval
 from nanochat.common import UserError, read_json, write_json
 from nanochat.gpt import GPT
 from nanochat.hf_eval import HuggingFaceModel
@@ -93,6 +94,24 @@ def test_our_evaluations_take_an_export_as_it_is(exported, name):
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids), model(ids), atol=1e-4, rtol=1e-4)
     assert loaded.max_seq_len == model.config.sequence_len
+
+
+def test_losses_of_an_export_a_few_rows_at_a_time(exported, monkeypatch):
+    model, folder = exported("grouped")
+    loaded = HuggingFaceModel.from_pretrained(str(folder), torch.device("cpu"))
+    ids, targets = random_ids(5, 20), random_ids(5, 20)
+    targets[:, 7] = -1
+    sizes = []
+    forward = type(loaded.model).forward
+    monkeypatch.setattr(
+        type(loaded.model), "forward", lambda self, ids: sizes.append(len(ids)) or forward(self, ids)
+    )
+    with torch.no_grad():
+        monkeypatch.setattr(hf_eval, "_LOGIT_BYTES", 2 * 20 * 4 * model.config.vocab_size)
+        ours = loaded(ids, targets, loss_reduction="none")
+        wanted = model(ids, targets, loss_reduction="none")
+    assert sizes == [2, 2, 1]
+    torch.testing.assert_close(ours.flatten(), wanted.flatten(), atol=1e-4, rtol=1e-4)
 
 
 def test_no_code_of_a_folder_is_run(exported, tmp_path):

@@ -160,6 +160,8 @@ class NanochatLM(TemplateLM):
                     decoder.flush()
                     self.engine.cancel(event.request)
                     del running[event.request]
+        self.engine.prefixes.clear()  # scoring may want the memory
+        self.engine.prefixes.pool.shrink()
         return [decoder.response for decoder in decoders]
 
     def _sampling(self, options: dict[str, Any], seed: int) -> tuple[SamplingParams, tuple[str, ...]]:
