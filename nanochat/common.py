@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from typing import IO, TYPE_CHECKING
 from nanochat.machine import usable_cores
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
@@ -286,6 +288,14 @@ def _lost_peer(rank: int, error: str) -> str | None:
     return None
 
 
+def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """An array on a device, without waiting for what a GPU is doing."""
+    import torch
+
+    host = torch.from_numpy(array)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
 # --- devices -----------------------------------------------------------------------------------------
 
 
@@ -394,23 +404,26 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-# Dense bf16 FLOP/s; first row whose substrings all occur in the lower-cased device name.
-_PEAK_FLOPS: list[tuple[tuple[str, ...], float]] = [
-    (("gb200",), 2.5e15), (("grace blackwell",), 2.5e15), (("b200",), 2.25e15), (("b100",), 1.8e15),
-    (("h200", "nvl"), 836e12), (("h200", "pcie"), 836e12), (("h200",), 989e12),
-    (("h100", "nvl"), 835e12), (("h100", "pcie"), 756e12), (("h100",), 989e12),
-    (("h800", "nvl"), 989e12), (("h800",), 756e12), (("a100",), 312e12), (("a800",), 312e12),
-    (("a40",), 149.7e12), (("a30",), 165e12), (("l40s",), 362e12), (("l40-s",), 362e12), (("l40 s",), 362e12),
-    (("l4",), 121e12), (("mi355",), 2.5e15), (("mi325",), 1.3074e15), (("mi300x",), 1.3074e15),
-    (("mi300a",), 980.6e12), (("mi250x",), 383e12), (("mi250",), 362.1e12), (("mi250",), 362.1e12),
-    (("5090",), 209.5e12), (("4090",), 165.2e12), (("3090",), 71e12),
+# Dense bf16 FLOP/s; the first row whose words all occur in the name.
+_PEAK_FLOPS: list[tuple[str, float]] = [
+    ("gb200", 2.5e15), ("grace blackwell", 2.5e15), ("b200", 2.25e15), ("b100", 1.8e15), ("gh200", 989e12),
+    ("h200 nvl", 836e12), ("h200 pcie", 836e12), ("h200", 989e12), ("h100 nvl", 835e12), ("h100 pcie", 756e12),
+    ("h100", 989e12), ("h800 nvl", 989e12), ("h800", 756e12), ("a100", 312e12), ("a800", 312e12),
+    ("a40", 149.7e12), ("a30", 165e12), ("l40s", 362e12), ("l40 s", 362e12), ("l40", 181e12), ("l4", 121e12),
+    ("mi355x", 2.5e15), ("mi325x", 1.3074e15), ("mi300x", 1.3074e15), ("mi300a", 980.6e12),
+    ("mi250x", 383e12), ("mi250", 362.1e12), ("5090", 209.5e12), ("4090", 165.2e12), ("3090", 71e12),
 ]  # fmt: skip
 
 
 def peak_flops(device_name: str) -> float | None:
     """Peak dense bf16 FLOP/s of a GPU by its name; None when unknown."""
-    name = device_name.lower()
-    return next((flops for parts, flops in _PEAK_FLOPS if all(part in name for part in parts)), None)
+    return by_name(_PEAK_FLOPS, device_name)
+
+
+def by_name(table: list[tuple[str, float]], device_name: str) -> float | None:
+    """The number of the first row whose words are all words of the name: an L40 is no L4, an A4000 no A40."""
+    words = set(re.findall("[a-z0-9]+", device_name.lower()))
+    return next((number for row, number in table if words.issuperset(row.split())), None)
 
 
 def device_name(device: torch.device) -> str:

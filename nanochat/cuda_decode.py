@@ -55,15 +55,13 @@ class CudaDecoder:
         self._on_device = nullcontext()
         if self._device.type == "cuda":  # Triton starts kernels on the current one, which may be another
             self._on_device = torch.cuda.device(self._device)
-        if use_graphs:
-            self._stream = torch.cuda.Stream(self._device)
 
     @classmethod
     def of(cls, model: object) -> CudaDecoder | None:
         """A decoder, or None where the model, its device or this machine is none that it can serve."""
         if not isinstance(model, GPT) or model.get_device().type != "cuda" or not is_suitable(model):
             return None
-        return cls(model) if _kernels_run(model.get_device()) else None
+        return cls(model) if kernels_run(model.get_device()) else None
 
     def step(self, cache: RowCache, rows: int, ids: Sequence[int] | Tensor) -> Tensor:
         """Add one token to each of the first rows of a cache; logits (rows, V) fp32 after it. Does not wait."""
@@ -146,14 +144,15 @@ class CudaDecoder:
     def _record(self, cache: RowCache, padded: int, span: int) -> None:
         """Record a step as a graph. Nothing runs; the step before has compiled and warmed up everything."""
         graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+        stream = _recording_stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
                 logits = self._forward(cache, padded, span)
             finally:
                 graph.capture_end()
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
         self._graphs[padded, span] = graph, logits
 
     # --- the network ---------------------------------------------------------------------------------
@@ -230,7 +229,13 @@ def is_suitable(model: GPT) -> bool:
 
 
 @functools.cache
-def _kernels_run(device: torch.device) -> bool:
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all decoders of a device: cuBLAS keeps memory for every stream that it was ever used on."""
+    return torch.cuda.Stream(device)
+
+
+@functools.cache
+def kernels_run(device: torch.device) -> bool:
     """Whether Triton can compile for the device, which also needs a C compiler; tried once."""
 
     def attempt() -> None:

@@ -31,15 +31,18 @@ class PromptReader:
     def __init__(self, network: CudaNetwork) -> None:
         self._network, self._model = network, network.model
         device, itemsize = self._model.get_device(), self._model.compute_dtype.itemsize
-        shared = 48 << 10
+        shared, has_tensor_cores = 48 << 10, itemsize < 4
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
             shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-        self._block_m, self._block_n, self._stages = _tile(self._model.config.head_dim, itemsize, shared)
+            has_tensor_cores &= properties.major >= 8  # Triton does without on older ones
+        self._block_m, self._block_n, self._stages = _tile(
+            self._model.config.head_dim, itemsize, shared, has_tensor_cores
+        )
 
     @functools.cached_property
     def runs(self) -> bool:
-        """Whether this GPU has the tensor cores and the shared memory that attention of prompts takes; tried once."""
+        """Whether attention of prompts compiles for this GPU; tried once."""
         config, device, dtype = self._model.config, self._model.get_device(), self._model.compute_dtype
         queries = torch.zeros(1, config.n_head * config.head_dim, dtype=dtype, device=device)
         keys = torch.zeros(1, PAGE, config.n_kv_head, config.head_dim, dtype=dtype, device=device)
@@ -141,10 +144,10 @@ class PromptReader:
         return out
 
 
-def _tile(head_dim: int, itemsize: int, shared: int) -> tuple[int, int, int]:
+def _tile(head_dim: int, itemsize: int, shared: int, has_tensor_cores: bool) -> tuple[int, int, int]:
     """(queries, keys, stages) of a program of attend_prompt that fit the shared memory of a GPU: its queries, and keys and values of each stage."""
     sizes = [(64, 64, 2), (64, 32, 2), (32, 32, 2), (32, 32, 1), (16, 16, 1)]
-    if itemsize == 4:  # without tensor cores more would not be faster
-        sizes = sizes[2:]
+    if not has_tensor_cores:  # more would not be faster, and from heads of 128 on not fit the registers
+        sizes = sizes[2:] if head_dim < 128 else sizes[4:]
     fitting = [(m, n, s) for m, n, s in sizes if head_dim * itemsize * (m + 2 * n * s) <= shared]
     return fitting[0] if fitting else sizes[-1]

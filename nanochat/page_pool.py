@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from nanochat.common import ROTARY_FACTOR
+from nanochat.common import ROTARY_FACTOR, upload
 from nanochat.kv_cache import Cache
 from nanochat.machine import total_ram
 from nanochat.network_config import GPTConfig
@@ -135,8 +135,14 @@ class PagePool:
     def _default_width(self, window: int) -> int:
         if self.device.type == "cpu":
             return CPU_CHUNK_TOKENS
-        wide = self.device.type == "cuda" and window >= self._context
+        wide = self.device.type == "cuda" and window >= self._context and self._has_kernels()
         return UNWINDOWED_CHUNK_TOKENS if wide else CHUNK_TOKENS
+
+    def _has_kernels(self) -> bool:
+        """Whether prompts are read without holding the scores of a chunk."""
+        from nanochat.cuda_decode import kernels_run
+
+        return kernels_run(self.device)
 
     def _ring(self, window: int) -> int:
         """Pages that a row needs so that a chunk, its padding included, never overwrites what its own queries see."""
@@ -252,9 +258,7 @@ class PagePool:
         """Copy what pages of a group hold to others."""
         if not len(targets):
             return
-        old, new = (
-            torch.from_numpy(np.asarray(pages)).long().to(self.device) for pages in (sources, targets)
-        )
+        old, new = (upload(np.asarray(pages, np.int64), self.device) for pages in (sources, targets))
         for layer in self.groups[number].layers:
             for tensors in (self.keys, self.values):
                 tensors[layer][new] = tensors[layer][old]

@@ -52,9 +52,10 @@ class QuantizedLinear(nn.Module):
         if len(rows) <= _FEW_ROWS and x.device.type == "cpu" and self.weight.dtype == torch.int8:
             y = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale.to(x.dtype))
             return y.view(*x.shape[:-1], self.out_features)
-        return (F.linear(x, self.weight.to(x.dtype)) * self.scale).to(
-            x.dtype
-        )  # an fp32 factor, as in decoding
+        if x.dtype == torch.float16:  # whose range ends where sums of unscaled numbers do not
+            return F.linear(x, (self.weight.float() * self.scale[:, None]).to(x.dtype))
+        # The factor is fp32, as in decoding.
+        return (F.linear(x, self.weight.to(x.dtype)) * self.scale).to(x.dtype)
 
     def in_fp32(self, x: torch.Tensor) -> torch.Tensor:
         """As Linear's; 8 bits are exact in bf16, so that nothing is rounded before the sum."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from nanochat.answer_parts import PartsDecoder
+from nanochat.common import upload
 from nanochat.page_pool import PAGE
 from nanochat.prefix_store import block_names
 from nanochat.sampling import SamplingBatch, SamplingParams, sample, uniforms
@@ -114,7 +115,7 @@ class Sampler:
             uniform = torch.empty(0)
         else:
             steps = np.array([len(r.tokens) for r in requests])
-            uniform = torch.from_numpy(uniforms(self._keys, steps)).to(logits.device)
+            uniform = upload(uniforms(self._keys, steps), logits.device)
         histories = [(r.prompt, r.tokens) for r in requests] if self._batch.any_adjusted else []
         return sample(logits, self._batch, uniform, histories)
 

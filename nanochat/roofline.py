@@ -14,26 +14,25 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nanochat.common import synchronize
+from nanochat.common import by_name, synchronize
 from nanochat.gpt import GPT
 from nanochat.quantize import QuantizedLinear
 
-# Bytes/s of device memory by the vendors' data sheets; the first row whose substrings all occur in the name.
-_PEAK_BANDWIDTH: list[tuple[tuple[str, ...], float]] = [
-    (("gb200",), 8.0e12), (("grace blackwell",), 8.0e12), (("b200",), 8.0e12), (("b100",), 8.0e12),
-    (("h200",), 4.8e12), (("h100", "nvl"), 3.9e12), (("h100", "pcie"), 2.0e12), (("h100",), 3.35e12),
-    (("h800", "pcie"), 2.0e12), (("h800",), 3.35e12), (("a100",), 2.0e12), (("a800",), 2.0e12),
-    (("a40",), 696e9), (("a30",), 933e9), (("l40s",), 864e9), (("l40-s",), 864e9), (("l40 s",), 864e9),
-    (("l4",), 300e9), (("mi355",), 8.0e12), (("mi325",), 6.0e12), (("mi300",), 5.3e12), (("mi250",), 3.28e12),
-    (("5090",), 1.79e12), (("4090",), 1.01e12), (("3090",), 936e9),
+# Bytes/s of device memory by the vendors' data sheets; the first row whose words all occur in the name.
+_PEAK_BANDWIDTH: list[tuple[str, float]] = [
+    ("gb200", 8.0e12), ("grace blackwell", 8.0e12), ("b200", 8.0e12), ("b100", 8.0e12), ("gh200", 4.0e12),
+    ("h200", 4.8e12), ("h100 nvl", 3.9e12), ("h100 pcie", 2.0e12), ("h100", 3.35e12), ("h800 pcie", 2.0e12),
+    ("h800", 3.35e12), ("a100 40gb", 1.555e12), ("a100", 2.0e12), ("a800", 2.0e12), ("a40", 696e9),
+    ("a30", 933e9), ("l40s", 864e9), ("l40 s", 864e9), ("l40", 864e9), ("l4", 300e9), ("t4", 320e9),
+    ("mi355x", 8.0e12), ("mi325x", 6.0e12), ("mi300x", 5.3e12), ("mi300a", 5.3e12), ("mi250x", 3.28e12),
+    ("mi250", 3.28e12), ("5090", 1.79e12), ("4090", 1.01e12), ("3090", 936e9),
 ]  # fmt: skip
 _PROBE_BYTES = 128 << 20  # beyond every cache
 
 
 def peak_bandwidth(device_name: str) -> float | None:
     """Bytes/s that a GPU's memory delivers by its name; None when unknown."""
-    name = device_name.lower()
-    return next((speed for parts, speed in _PEAK_BANDWIDTH if all(part in name for part in parts)), None)
+    return by_name(_PEAK_BANDWIDTH, device_name)
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from nanochat.common import upload
 from nanochat.cpu_decode import CpuDecoder
 from nanochat.cuda_decode import CudaDecoder
 from nanochat.flash_attention import describe_backend
@@ -57,7 +58,8 @@ class RowCache:
     def describe_attention(self) -> str:
         """What computes the attention of prompts and of decoding, for the log."""
         if isinstance(self._decoder, CudaDecoder):
-            return "prompts and decoding: our Triton kernels"
+            prompts = "" if self._decoder.reads([], []) else "prompts: torch SDPA; decoding: "
+            return prompts + "our Triton kernels"
         if self.device.type == "cpu":  # elsewhere no sequence that starts a cache is special, see gpt.py
             prompts = describe_backend(self.device, self.dtype)
         else:
@@ -148,9 +150,9 @@ class RowCache:
             filled, shared = self._filled(number, source), self._shared(number, source)
             group.hold(table[source, :shared])
             own = group.take(filled - shared)
-            self.pool.copy(number, table[source, shared:filled], own)
             table[row, :shared], table[row, shared:filled] = table[source, :shared], own
-            held[row] = filled
+            held[row] = filled  # before the copy, which may fail: pages have an owner at any time
+            self.pool.copy(number, table[source, shared:filled], own)
         self._keep_previous(row, source)
         self.positions[row] = self.positions[source]
         return row
@@ -173,22 +175,26 @@ class RowCache:
         """Pages of each group that a block needs besides those of its row."""
         return [int(group.wraps) for group in self.pool.groups]
 
-    def block(self, row: int, index: int) -> list[int]:
-        """Positions index * PAGE to (index + 1) * PAGE of a row: a page of each group, held once more or a copy.
+    def blocks(self, row: int, indices: Sequence[int]) -> list[list[int]]:
+        """Positions index * PAGE to (index + 1) * PAGE of a row for each index: a page of each group, held once more or a copy.
 
         The row must hold them and not have gone more than a chunk beyond them; copies are of free pages.
         """
-        pages = []
-        for number, (group, table) in enumerate(zip(self.pool.groups, self.tables, strict=True)):
-            page = table[row, index % group.ring : index % group.ring + 1]
-            if group.wraps:
-                copy = group.take(1)
-                self.pool.copy(number, page, copy)
-                page = copy
-            else:
-                group.hold(page)
-            pages.append(int(page[0]))
-        return pages
+        columns: list[np.ndarray] = []
+        try:
+            for number, (group, table) in enumerate(zip(self.pool.groups, self.tables, strict=True)):
+                pages = table[row, np.array(indices, np.int64) % group.ring]
+                if group.wraps:
+                    columns.append(group.take(len(pages)))
+                    self.pool.copy(number, pages, columns[-1])
+                else:
+                    group.hold(pages)
+                    columns.append(pages)
+        except BaseException:  # memory may end while copying
+            for group, pages in zip(self.pool.groups, columns, strict=False):
+                group.release(pages)
+            raise
+        return np.array(columns).T.tolist()
 
     def load(self, row: int, blocks: Sequence[list[int]], last_token: int) -> None:
         """Fill an empty row with the blocks of a prefix that ends with last_token; `missing` says what must be free."""
@@ -199,12 +205,13 @@ class RowCache:
             pages = np.array([block[number] for block in blocks[first:]], np.int32)
             if group.wraps:
                 own = group.take(len(pages))
-                self.pool.copy(number, pages, own)
-                pages = own
             else:
                 group.hold(pages)
-            table[row, np.arange(first, len(blocks)) % group.ring] = pages
-            held[row] = len(pages)
+                own = pages
+            table[row, np.arange(first, len(blocks)) % group.ring] = own
+            held[row] = len(own)
+            if group.wraps:
+                self.pool.copy(number, pages, own)
         if self.previous is not None:
             self.previous[row] = self.model.embed(torch.tensor([[last_token]], device=self.device))[0]
         self.positions[row] = len(blocks) * PAGE
@@ -215,7 +222,7 @@ class RowCache:
     def read(self, first: int, spans: Sequence[Sequence[int]]) -> torch.Tensor:
         """Add some tokens, at least one, to each of the rows from `first` on; logits (rows, V) after the last of each."""
         lengths = [len(span) for span in spans]
-        if self._decoder is not None and self._decoder.reads(self.positions[first:], lengths):
+        if self._decoder is not None and self.reads_ragged(first, lengths):
             return self._decoder.read(self, first, spans)
         ids = [[*span, *[0] * (max(lengths) - len(span))] for span in spans]
         return self.forward(first, first + len(spans), torch.tensor(ids, device=self.device), lengths)
@@ -302,7 +309,7 @@ class RowSpan:
         return keys[index].flatten(1, 2)[:, :slots], values[index].flatten(1, 2)[:, :slots]
 
     def _index(self, numbers: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(numbers.astype(np.int64)).to(self.cache.device)
+        return upload(numbers.astype(np.int64), self.cache.device)
 
     def advance(self, lengths: int | Sequence[int]) -> None:
         """Move every row forward by a common or by its own number of positions."""

@@ -148,12 +148,13 @@ class Scheduler:
 
     def _start_over(self) -> None:
         """Send all rows back to the line: after half a step nobody knows what they hold."""
-        requests = sorted(self.running, key=lambda request: request.order)
-        self.waiting.extendleft(r for r in reversed(requests) if r.finish_reason is None)
+        requests = sorted(self.running, key=lambda request: -request.order)
+        # One that was just about to begin still waits, and a row may have begun without its request.
+        self.waiting.extendleft([r for r in requests if r.finish_reason is None and r not in self.waiting])
+        self.running.clear()
         self._flight = {}
-        while self.running:
-            self.cache.remove_row(len(self.running) - 1)
-            self.running.pop()
+        while self.cache.positions:
+            self.cache.remove_row(len(self.cache.positions) - 1)
 
     def _step(self) -> list[Event]:
         events = self._refuse_roomless()
@@ -304,7 +305,8 @@ class Scheduler:
         for row in reversed(done):
             self._remove(row)
         if done:
-            self.pool.shrink(self._wanted_soon() if self.run_ahead else ())
+            with suppress(torch.OutOfMemoryError):  # which may need some in between, but nobody needs it now
+                self.pool.shrink(self._wanted_soon() if self.run_ahead else ())
 
     # --- tools ---------------------------------------------------------------------------------------
 
@@ -400,9 +402,11 @@ class Scheduler:
         if before // PAGE == after // PAGE or self.running[row].weights != self.prefixes.version:
             return
         names = self.running[row].block_names(after // PAGE)
-        for index in range(before // PAGE, after // PAGE):
-            if names[index] not in self.prefixes and self.prefixes.make_room(self.cache.block_copies):
-                self.prefixes.add(names[index], self.cache.block(row, index))
+        new = [index for index in range(before // PAGE, after // PAGE) if names[index] not in self.prefixes]
+        while new and not self.prefixes.make_room([len(new) * copies for copies in self.cache.block_copies]):
+            new.pop()
+        for index, block in zip(new, self.cache.blocks(row, new), strict=True):
+            self.prefixes.add(names[index], block)
 
     def _prefill(self, first: int, end: int) -> tuple[torch.Tensor, list[Request]]:
         """Read a chunk of rows from first on; the requests that have been read whole, and their logits."""
@@ -414,6 +418,7 @@ class Scheduler:
         for row in finished:
             for twin in self._twins(self.running[row]):
                 self.cache.copy_row(row)
+                self.waiting.remove(twin)
                 twin.weights = self.running[row].weights
                 self.running.append(twin)
                 requests.append(twin)
@@ -438,7 +443,7 @@ class Scheduler:
         return counts
 
     def _twins(self, request: Request) -> list[Request]:
-        """Waiting requests with the same tokens, as many as there is room for, taken out of the line."""
+        """Waiting requests with the same tokens, as many as there is room for."""
         free = self.max_batch - len(self.running)
         tokens = request.span(0, request.num_tokens)
         line = islice(self.waiting, LOOK_AHEAD if free else 0)
@@ -451,8 +456,6 @@ class Scheduler:
         each = self.cache.copies(self.running.index(request))
         while twins and not self.prefixes.make_room([len(twins) * pages for pages in each]):
             twins.pop()
-        for twin in twins:
-            self.waiting.remove(twin)
         return twins
 
     # --- several tokens at once ----------------------------------------------------------------------

@@ -193,7 +193,8 @@ def test_devices_that_are_not_there():
     ("name", "flops"),
     [
         ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12), ("NVIDIA L40", 181e12),
+        ("NVIDIA RTX A4000", None), ("AMD Instinct MI300X", 1.3074e15),
         ("NVIDIA GeForce RTX 4090", 165.2e12), ("Abacus", None),
     ],
 )  # fmt: skip

@@ -97,7 +97,7 @@ def test_accounting_follows_the_formulas():
 
 @pytest.mark.parametrize(
     ("name", "speed"),
-    [("NVIDIA H200", 4.8e12), ("NVIDIA H100 PCIe", 2.0e12), ("NVIDIA H100 80GB HBM3", 3.35e12), ("NVIDIA L4", 300e9), ("NVIDIA L40S", 864e9), ("abacus", None)],
+    [("NVIDIA H200", 4.8e12), ("NVIDIA H100 PCIe", 2.0e12), ("NVIDIA H100 80GB HBM3", 3.35e12), ("NVIDIA L4", 300e9), ("NVIDIA L40S", 864e9), ("NVIDIA L40", 864e9), ("NVIDIA A100-SXM4-40GB", 1.555e12), ("NVIDIA A100-SXM4-80GB", 2.0e12), ("Tesla T4", 320e9), ("NVIDIA RTX A4000", None), ("abacus", None)],
 )  # fmt: skip
 def test_peak_bandwidth(name, speed):
     assert peak_bandwidth(name) == speed

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from nanochat.engine import Engine
 from nanochat.page_pool import PagePool
 from nanochat.prefix_store import PrefixStore, block_names, weights_version
-from tests.toy_model import check_pages, random_model
+from tests.toy_model import ByteTokenizer, check_pages, random_model
 
 
 def test_names_stand_for_all_tokens_up_to_their_block():
@@ -69,3 +70,16 @@ def test_an_optimiser_step_changes_the_version():
     assert len(store) == 1
     store.validate(changed)
     assert len(store) == 0 and pool.groups[0].num_used == 1
+
+
+def test_other_weights_forget_the_prefixes():
+    model, prompt = random_model("classic"), [3] * 40
+    engine = Engine(model, ByteTokenizer())
+    list(engine.generate(prompt, max_tokens=2))
+    assert len(engine.prefixes) == 1
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1)
+        model.transformer["h"][0].attn.c_v.weight.add_(0.3)
+    found = [column[0] for column, _ in engine.generate(prompt, max_tokens=8, temperature=0)]
+    assert found == list(model.generate(prompt, len(found), temperature=0))
+    assert engine.prefixes.tokens_reused == 0

@@ -57,7 +57,7 @@ def test_rings_moves_and_blocks_equal_the_plain_cache():
             read(cache, row, text[:-8][start : start + WIDTH])
             if row == 0 and before // PAGE != cache.positions[row] // PAGE:
                 pool.ensure(cache.block_copies)
-                blocks.append(cache.block(row, before // PAGE))
+                blocks += cache.blocks(row, [before // PAGE])
     cache.swap_rows(0, 2)  # now 2, 1, 0
     pool.ensure(cache.copies(2))
     used = [group.num_used for group in pool.groups]
