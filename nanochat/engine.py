@@ -230,11 +230,9 @@ class Engine:
             requests[i] = scheduler.submit(prompts[i], each[i], stream=i if shared else 0)
         while not scheduler.is_idle:
             scheduler.step()
-        if (
-            scheduler.run_ahead
-        ):  # nothing else could use what its recorded steps held, see torch's graph pools
+        if scheduler.run_ahead:
             del scheduler
-            torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # torch keeps the memory of recorded steps, but nothing else could use it
         return [_completion(requests[i]) for i in range(len(prompts))]
 
 

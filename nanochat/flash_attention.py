@@ -149,9 +149,10 @@ def _load_flex() -> Attend:
             return _torch_attention(q, k, v, window)
         if torch.compiler.is_compiling():
             return flex_attention(q, k, v, window)
-        shapes.add((q.shape, k.shape, window))
-        if len(shapes) > _FLEX_SHAPES:
+        shape = q.shape, k.shape, window
+        if shape not in shapes and len(shapes) == _FLEX_SHAPES:
             return _torch_attention(q, k, v, window)
+        shapes.add(shape)
         return compiled(q, k, v, window)
 
     return attend
