@@ -188,9 +188,12 @@ def choose_rows(
 
     alike = beginning.resume_from, None if cfg.add_layers else beginning.source
     metas = [found.meta for found in alike if found is not None]
-    # Fewer ranks hold more of the optimizer's state each.
-    like = {"max_seq_len": length, "device": device_name(world.device), "world_size": world.size}
+    like = {"max_seq_len": length, "device": device_name(world.device)}
     before = next((meta for meta in metas if all(meta.get(k) == v for k, v in like.items())), None)
+    if (
+        before and before.get("world_size", 1) > world.size
+    ):  # fewer ranks hold more of the optimizer's state each
+        before = None
     model.recompute = bool(before and before["recompute"])
     if cfg.device_batch_size is not None:
         return cfg.device_batch_size
