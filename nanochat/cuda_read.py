@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanochat.common import upload
 from nanochat.cuda_network import LOG2_E, CudaNetwork, works
 from nanochat.gpt import NORM_EPS
 from nanochat.page_pool import PAGE
@@ -95,11 +96,10 @@ class PromptReader:
     def _upload(self, *arrays: np.ndarray) -> list[Tensor]:
         """Arrays as int32 on the device, in one copy that does not wait for what runs there."""
         places = np.cumsum([0, *(-(-array.size // _ALIGNMENT) * _ALIGNMENT for array in arrays)])
-        device = self._model.get_device()
-        host = torch.empty(int(places[-1]), dtype=torch.int32, pin_memory=device.type == "cuda")
+        host = np.zeros(places[-1], np.int32)
         for array, place in zip(arrays, places, strict=False):
-            host[place : place + array.size] = torch.from_numpy(array.astype(np.int32)).flatten()
-        whole = host.to(device, non_blocking=True)
+            host[place : place + array.size] = array.ravel()
+        whole = upload(host, self._model.get_device())
         return [
             whole[place : place + array.size].view(array.shape)
             for array, place in zip(arrays, places.tolist(), strict=False)

@@ -190,9 +190,8 @@ def choose_rows(
     metas = [found.meta for found in alike if found is not None]
     like = {"max_seq_len": length, "device": device_name(world.device)}
     before = next((meta for meta in metas if all(meta.get(k) == v for k, v in like.items())), None)
-    if (
-        before and before.get("world_size", 1) > world.size
-    ):  # fewer ranks hold more of the optimizer's state each
+    # Fewer ranks hold more of the optimizer's state each.
+    if before and before.get("world_size", 1) > world.size:
         before = None
     model.recompute = bool(before and before["recompute"])
     if cfg.device_batch_size is not None:

@@ -103,9 +103,8 @@ def test_products_of_quantised_matrices(rows, inputs, sizes, kind, dtype):
     ):
         found = network.linear(x, layers, **given)
         assert found.dtype == (torch.float32 if "softcap" in given else dtype)
-        longest = (
-            inputs if HAS_GPU else 0
-        )  # a GPU adds one after the other, so that longer sums are rounded more
+        # A GPU adds one after the other, so that longer sums are rounded more.
+        longest = inputs if HAS_GPU else 0
         error = max(torch.finfo(dtype).eps, 2e-6 * max(longest / 512, 1) ** 0.5)
         torch.testing.assert_close(found.double(), expected, atol=error, rtol=error)
     assert not network.arrived.any()

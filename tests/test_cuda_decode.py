@@ -39,8 +39,14 @@ def test_tiles_of_prompts_fit_the_shared_memory():
     h100, rtx_4090, t4 = 227 << 10, 99 << 10, 64 << 10
     for shared, tile in ((h100, (64, 64, 2)), (rtx_4090, (64, 64, 2)), (t4, (64, 32, 2))):
         assert _tile(128, 2, shared, has_tensor_cores=True) == tile
-    for head_dim, tile in ((64, (32, 32, 2)), (128, (16, 16, 1)), (256, (16, 16, 1))):
-        assert _tile(head_dim, 4, t4, has_tensor_cores=False) == tile
+    for shared in (h100, rtx_4090, t4):  # fp32, and fp16 on a T4
+        for head_dim, itemsize, tile in (
+            (64, 4, (32, 32, 2)),
+            (128, 4, (16, 16, 1)),
+            (256, 4, (16, 16, 1)),
+            (128, 2, (16, 16, 1)),
+        ):
+            assert _tile(head_dim, itemsize, shared, has_tensor_cores=False) == tile
 
 
 def test_models_that_it_leaves_alone():

@@ -22,6 +22,10 @@ pytestmark = pytest.mark.usefixtures("one_seeded_thread")
 KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
+def matrix(layer: QuantizedLinear) -> torch.Tensor:
+    return layer.weight.float() * layer.scale[:, None]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_sums_in_fp16_stay_in_range(kind):
     """Before they are scaled they would not: 127 * 5,120 is ten times what fp16 holds."""
@@ -31,14 +35,9 @@ def test_sums_in_fp16_stay_in_range(kind):
     x = (linear.weight.detach().sign() * 0.5).half()
     wanted = x.float() @ linear.weight.detach().T
     assert wanted.max() > 39
-    found = QuantizedLinear(linear, KINDS[kind])(x.repeat(3, 1))[
-        :8
-    ]  # more rows than the few that int8 has a kernel for
+    rows = x.repeat(3, 1)  # more than the few that int8 has a kernel for
+    found = QuantizedLinear(linear, KINDS[kind])(rows)[:8]
     torch.testing.assert_close(found.float(), wanted, atol=0.3, rtol=0.03)
-
-
-def matrix(layer: QuantizedLinear) -> torch.Tensor:
-    return layer.weight.float() * layer.scale[:, None]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
 # What only an NVIDIA GPU can show, in one command: do the kernels compute what the network does, how fast are answers and
 # training (d20, random weights), does reinforcement learning run (where the base folder has a finetuned model).
-# Every part has a log in the folder that the first argument names; the last line is JSON, seconds by part, null: it failed.
+# Every part has a log in the folder that the first argument names; the last line is JSON, seconds by part, null: it failed,
+# as then does this.
 set -uo pipefail
+logs="$(realpath -m "${1:-gpu_check}")"
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-logs="${1:-gpu_check}"
+if ! python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null; then
+    echo "error: this measures an NVIDIA GPU, and python has no torch or torch finds none" >&2
+    exit 1
+fi
 mkdir -p "$logs"
-python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "this measures an NVIDIA GPU, and torch finds none")' || exit 1
 results=""
 
 part() {
@@ -29,3 +33,4 @@ if compgen -G "${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/chatsft_checkpoints/*
 fi
 part training python -m dev.bench.train --shapes=d20 --contenders=classic,classic-fp8 --repeats=1
 echo "{$results}"
+[[ $results != *null* ]]
