@@ -10,7 +10,7 @@ optimizer   muon sharding optim schedule lora batch_fit
 training    metrics snapshot checkpoint_manager training_run trainer loss_eval
 tools       calculator private_folder sandbox_harness execution
 inference   sampling_params sampling requests answer_parts engine scheduler row_cache page_pool prefix_store speculation quantize
-            cpu_decode cuda_decode cuda_kernels cuda_network cuda_read python_tool roofline sweep_bench load_bench
+            cpu_decode cuda_decode cuda_graphs cuda_kernels cuda_network cuda_read python_tool roofline sweep_bench load_bench
 chat        dialogue live_markdown chat remote_chat serve
 evaluation  core_bundle core_scoring core_eval hf_eval reference_scores
 report      report_render report_scores report_html report report_compare plots plots_compared

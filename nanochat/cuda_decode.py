@@ -6,15 +6,15 @@ positions and tables of pages; started one by one, the kernels of a step would t
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from nanochat.cuda_network import LOG2_E, CudaNetwork, works
+from nanochat.cuda_graphs import Graphs, kernels_run
+from nanochat.cuda_network import LOG2_E, CudaNetwork
 from nanochat.cuda_read import PromptReader
 from nanochat.gpt import GPT, NORM_EPS, GPTConfig
 from nanochat.page_pool import PAGE
@@ -40,15 +40,14 @@ class CudaDecoder:
     """One network, ready for decode steps. use_graphs: record and replay; without, kernels are started one by one."""
 
     def __init__(self, model: GPT, use_graphs: bool = True) -> None:
-        self._model, self._use_graphs = model, use_graphs
+        self._model, self._device = model, model.get_device()
         self._network = CudaNetwork(model)
-        self._reader = PromptReader(self._network)
-        self._device = model.get_device()
+        self._reader = PromptReader(self._network, use_graphs)
+        self._graphs = Graphs(self._device, use_graphs)
         self._ids = torch.zeros(0, dtype=torch.long, device=self._device)
         self._positions = torch.zeros(0, dtype=torch.long, device=self._device)
         self._tables: list[Tensor] = []  # pages of the rows, for each group of layers
         self._staged: list[tuple[Tensor, list[Tensor]]] = []
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._generation = -1
         self._loaded: tuple[int, int] | None = None  # version and rows of the tables
         self._steps = 0
@@ -67,21 +66,10 @@ class CudaDecoder:
         """Add one token to each of the first rows of a cache; logits (rows, V) fp32 after it. Does not wait."""
         padded, longest = bucket(rows), max(cache.positions[:rows]) + 1
         span = max(64, 1 << (longest - 1).bit_length())  # a bound of the positions, which the graph relies on
-        if cache.pool.generation != self._generation:  # its tensors are others than those of the graphs
-            self._forget_graphs()
-            self._generation = cache.pool.generation
         with self._on_device:
+            self._follow(cache)
             self._load(cache, rows, ids, padded)
-            if (padded, span) in self._graphs:
-                graph, logits = self._graphs[padded, span]
-                graph.replay()
-            else:
-                logits = self._forward(cache, padded, span)
-                if self._use_graphs:
-                    try:
-                        self._record(cache, padded, span)
-                    except torch.OutOfMemoryError:  # while recording, cached memory is not given back
-                        torch.cuda.empty_cache()
+            logits = self._graphs.run((padded, span), lambda: self._forward(cache, padded, span))
         cache.positions[:rows] = [position + 1 for position in cache.positions[:rows]]
         return logits[:rows].clone()
 
@@ -93,7 +81,15 @@ class CudaDecoder:
     def read(self, cache: RowCache, first: int, spans: Sequence[Sequence[int]]) -> Tensor:
         """Add some tokens, at least one, to each of the rows from `first` on; logits (rows, V) fp32 after the last of each."""
         with self._on_device:
+            self._follow(cache)
             return self._reader.read(cache, first, spans)
+
+    def _follow(self, cache: RowCache) -> None:
+        """Forget the graphs where the pool's tensors are others than theirs."""
+        if cache.pool.generation != self._generation:
+            self._graphs.forget()
+            self._reader.graphs.forget()
+            self._generation = cache.pool.generation
 
     def _load(self, cache: RowCache, rows: int, ids: Sequence[int] | Tensor, padded: int) -> None:
         """Bring ids, positions and tables of pages to where the graph reads them.
@@ -134,26 +130,7 @@ class CudaDecoder:
         ]
         self._loaded = None
         self._network.reserve(size * self._model.config.n_head)
-        self._forget_graphs()
-
-    def _forget_graphs(self) -> None:
-        self._graphs.clear()
-        if self._use_graphs:  # a pool ends with its last graph
-            self._pool = torch.cuda.graph_pool_handle()
-
-    def _record(self, cache: RowCache, padded: int, span: int) -> None:
-        """Record a step as a graph. Nothing runs; the step before has compiled and warmed up everything."""
-        graph = torch.cuda.CUDAGraph()
-        stream = _recording_stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            graph.capture_begin(self._pool, capture_error_mode="thread_local")
-            try:
-                logits = self._forward(cache, padded, span)
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        self._graphs[padded, span] = graph, logits
+        self._graphs.forget()
 
     # --- the network ---------------------------------------------------------------------------------
 
@@ -199,7 +176,7 @@ class CudaDecoder:
             network.arrived, y, qkv.stride(0), pages.stride(0), keys.stride(1), slots, model.blocks[layer].attn.window,
             config.kv_width, x_in.stride(0), NORM_EPS, config.qk_scale, config.ve_gate_scale, _largest_score(config),
             GROUP=heads // kv_heads, DIM=dim, GATE=network.gate_channels(layer), PAGE=PAGE, BLOCK=_BLOCK,
-            PARTS=1 << (parts - 1).bit_length(), num_warps=2 if rows == 1 else 4,
+            PARTS=1 << (parts - 1).bit_length(), num_warps=2 if rows == 1 else 4, **network.overlap(rows),
         )  # fmt: skip
         return y
 
@@ -226,26 +203,3 @@ def is_suitable(model: GPT) -> bool:
     return all(len(kind) == 1 for kind in kinds) and all(
         isinstance(tensor, Tensor) and tensor.is_contiguous() for tensor in tensors
     )
-
-
-@functools.cache
-def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all decoders of a device: cuBLAS keeps memory for every stream that it was ever used on."""
-    return torch.cuda.Stream(device)
-
-
-@functools.cache
-def kernels_run(device: torch.device) -> bool:
-    """Whether Triton can compile for the device, which also needs a C compiler; tried once."""
-
-    def attempt() -> None:
-        from nanochat import cuda_kernels  # which imports Triton
-
-        kernels: Any = cuda_kernels
-        with torch.cuda.device(device):
-            x = torch.ones(8, device=device)
-            kernels.mix[(1,)](x, x, x, x, x, 8, BLOCK=1024)
-            if not bool((x == 2).all()):
-                raise RuntimeError("a kernel of Triton gave a wrong result")
-
-    return works(attempt, otherwise="decoding without CUDA graphs")

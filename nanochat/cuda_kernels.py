@@ -1,23 +1,26 @@
-# pyright: reportOperatorIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 """Triton kernels of generation: a matrix times one row or some, attention of one new token and of prompts, small sums.
 
 One token at a time, a step is bound by how fast weights and keys come out of memory, and by how many kernels have
 to be started. So what lies between two reads of memory is done by the kernel that reads: norms, rotations,
 squares, residuals, writing the new key. All loads of a program come before its first sum, or it would wait for memory
-twice. Arithmetic is fp32. Imported only where Triton is.
+twice. With OVERLAP a kernel begins while the one in front still runs (programmatic dependent launch, compute
+capability 9.0): it asks for weights, keys and values, which no kernel of the step writes, and waits only then.
+Arithmetic is fp32. Imported only where Triton is.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
 def matrix_row(
     x, w0, w1, w2, s0, s1, s2, residual, out, n0, n1, num_outputs, eps, softcap,
     K: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, SQUARE: tl.constexpr, RESIDUAL: tl.constexpr,
-    SCALED: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SCALED: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out = f(W x) for one row x of K numbers and W (num_outputs, K), each program BLOCK_N outputs.
 
@@ -26,6 +29,8 @@ def matrix_row(
     weights with a factor per output. f: the square of what is positive, a residual to add, or softcap * tanh(y /
     softcap).
     """
+    if OVERLAP:
+        gdc_launch_dependents()
     first = tl.program_id(0) * BLOCK_N
     w, scale, base = w0, s0, first * 0
     if PARTS == 3:
@@ -36,16 +41,20 @@ def matrix_row(
     n, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     real = first + n < num_outputs
     rows = w + (first - base + n).to(tl.int64)[:, None] * K
+    w_pieces = ()
+    for begin in tl.static_range(0, K, BLOCK_K):
+        real_NK = real[:, None] & (begin + k < K)[None, :]
+        w_pieces += (tl.load(rows + (begin + k)[None, :], mask=real_NK, other=0.0),)
     if SCALED:
         scale_N = tl.load(scale + first - base + n, mask=real, other=0.0)
+    if OVERLAP:
+        gdc_wait()
     if RESIDUAL:
         residual_N = tl.load(residual + first + n, mask=real, other=0.0).to(tl.float32)
     y_NK, squares_K = tl.zeros([BLOCK_N, BLOCK_K], tl.float32), tl.zeros([BLOCK_K], tl.float32)
     for begin in tl.static_range(0, K, BLOCK_K):
-        inside = begin + k < K
-        w_NK = tl.load(rows + (begin + k)[None, :], mask=real[:, None] & inside[None, :], other=0.0)
-        x_K = tl.load(x + begin + k, mask=inside, other=0.0).to(tl.float32)
-        y_NK += w_NK.to(tl.float32) * x_K[None, :]
+        x_K = tl.load(x + begin + k, mask=begin + k < K, other=0.0).to(tl.float32)
+        y_NK += w_pieces[begin // BLOCK_K].to(tl.float32) * x_K[None, :]
         squares_K += x_K * x_K
     y = tl.sum(y_NK, axis=1)
     if SCALED:
@@ -150,7 +159,7 @@ def attend(
     q, k, v, keys, values, pages, positions, cos, sin, ids, table, gate_x, gate_w, sums, partial, arrived, out,
     qkv_stride, pages_stride, slot_stride, slots, window, table_stride, gate_x_stride, eps, qk_scale, gate_scale, bound,
     GROUP: tl.constexpr, DIM: tl.constexpr, GATE: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One query head of one row over one part of the row's keys; program (row, head, part) of at most PARTS (2^n) parts.
 
@@ -160,16 +169,12 @@ def attend(
     a fixed norm, so that no score exceeds `bound`, no maximum has to be looked for, and parts just add up: the part of
     a head that comes last does that; `arrived` (rows * heads,) counts them and is zero before and after.
     """
+    if OVERLAP:
+        gdc_launch_dependents()
     row, head, part, parts = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     kv_head, position = head // GROUP, tl.load(positions + row).to(tl.int32)
     dim, half = tl.arange(0, DIM), position * (DIM // 2)
     partner, is_new = (dim + DIM // 2) % DIM, dim * 0 + part == parts - 1
-    new = row * qkv_stride + kv_head * DIM
-    own_q = row * qkv_stride + head * DIM
-    q_own, q_partner = tl.load(q + own_q + dim), tl.load(q + own_q + partner)
-    k_own = tl.load(k + new + dim, mask=is_new, other=0.0)
-    k_partner = tl.load(k + new + partner, mask=is_new, other=0.0)
-    value = tl.load(v + new + dim, mask=is_new, other=0.0).to(tl.float32)
     pages += row.to(tl.int64) * pages_stride
     keys += kv_head * DIM
     values += kv_head * DIM
@@ -183,6 +188,14 @@ def attend(
     c = tl.load(cos + half + dim % (DIM // 2)).to(tl.float32)
     s = tl.load(sin + half + dim % (DIM // 2)).to(tl.float32)
     s = tl.where(dim < DIM // 2, s, -s)
+    if OVERLAP:
+        gdc_wait()
+    new = row * qkv_stride + kv_head * DIM
+    own_q = row * qkv_stride + head * DIM
+    q_own, q_partner = tl.load(q + own_q + dim), tl.load(q + own_q + partner)
+    k_own = tl.load(k + new + dim, mask=is_new, other=0.0)
+    k_partner = tl.load(k + new + partner, mask=is_new, other=0.0)
+    value = tl.load(v + new + dim, mask=is_new, other=0.0).to(tl.float32)
     if GATE > 0:
         g = tl.arange(0, 32)
         x_G = tl.load(gate_x + row * gate_x_stride + g, mask=g < GATE, other=0.0).to(tl.float32)
@@ -194,14 +207,13 @@ def attend(
     q_D = _turned(q_own, q_partner, c, s, eps, qk_scale * 1.4426950408889634 / tl.sqrt(1.0 * DIM), DIM, 0)
     totals, sums_BD = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK, DIM], tl.float32)
     for start in range(begin, end, BLOCK):
-        places = _places(pages, start + BLOCK, end, slots, PAGE, BLOCK)
-        next_k = _tile(keys, places, start + BLOCK, end, slot_stride, dim, BLOCK)
-        next_v = _tile(values, places, start + BLOCK, end, slot_stride, dim, BLOCK)
         scores = tl.sum(k_BD.to(tl.float32) * q_D[None, :], axis=1)
         weights = tl.where(start + tl.arange(0, BLOCK) < end, tl.exp2(scores - bound), 0.0)
         totals += weights
         sums_BD += weights[:, None] * v_BD.to(tl.float32)
-        k_BD, v_BD = next_k, next_v
+        places = _places(pages, start + BLOCK, end, slots, PAGE, BLOCK)
+        k_BD = _tile(keys, places, start + BLOCK, end, slot_stride, dim, BLOCK)
+        v_BD = _tile(values, places, start + BLOCK, end, slot_stride, dim, BLOCK)
     total, found_D = tl.sum(totals, axis=0), tl.sum(sums_BD, axis=0)
 
     if part == parts - 1:
@@ -325,8 +337,11 @@ def square(x, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def mix(x, x0, resid, skip, out, count, BLOCK: tl.constexpr):
+def mix(x, x0, resid, skip, out, count, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """out = resid * x + skip * x0, with both factors read from memory."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = i < count
     a, b = tl.load(x + i, mask=real).to(tl.float32), tl.load(x0 + i, mask=real).to(tl.float32)

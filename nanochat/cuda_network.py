@@ -5,7 +5,6 @@ Weights are used where they lie, so that training in place is seen.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat.cuda_graphs import kernels_overlap, overlapping
 from nanochat.gpt import GPT, NORM_EPS, SMEAR_CHANNELS, Linear
 from nanochat.quantize import QuantizedLinear
 
@@ -24,17 +24,6 @@ Layer = Linear | QuantizedLinear
 Attend = Callable[[int, Tensor, Tensor], Tensor]
 
 
-def works(attempt: Callable[[], object], otherwise: str) -> bool:
-    """Whether kernels compile and run on a GPU when they are tried; if not, a warning says what happens `otherwise`."""
-    try:
-        attempt()
-    except Exception as error:  # compilers fail in ways of their own
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        logging.getLogger(__name__).warning("%s: %s", otherwise, lines[0][:200])
-        return False
-    return True
-
-
 class CudaNetwork:
     """A network whose attention somebody else computes. `arrived` holds zeros between kernels, see matrix_rows and attend."""
 
@@ -44,12 +33,17 @@ class CudaNetwork:
         self.model = model
         self.kernels: Any = cuda_kernels
         device = model.get_device()
+        self.overlaps = kernels_overlap(device)
         self.arrived = torch.zeros(_ENOUGH, dtype=torch.int32, device=device)
 
     def reserve(self, count: int) -> None:
         """Have so many counters of what has arrived."""
         if count > len(self.arrived):
             self.arrived = self.arrived.new_zeros(count)
+
+    def overlap(self, rows: int) -> dict[str, bool]:
+        """Options of a kernel of so many rows. Kernels of one row are so short that starting them is half of their time."""
+        return overlapping(self.overlaps and rows == 1)
 
     def blocks(self, x: Tensor, attend: Attend, last: Tensor | None = None) -> Tensor:
         """logits (rows, V) after the blocks, of all tokens x (rows, C) or of those at `last`.
@@ -62,7 +56,9 @@ class CudaNetwork:
             if config.use_lambdas:
                 mixed = torch.empty_like(x)
                 factors = model.resid_lambdas[layer:], model.x0_lambdas[layer:]
-                self.kernels.mix[(-(-x.numel() // 1024),)](x, x0, *factors, mixed, x.numel(), BLOCK=1024)
+                self.kernels.mix[(-(-x.numel() // 1024),)](
+                    x, x0, *factors, mixed, x.numel(), BLOCK=1024, **self.overlap(len(x))
+                )
                 x = mixed
             attn, mlp = block.attn, block.mlp
             gated = config.has_value_embed(layer)
@@ -145,13 +141,13 @@ class CudaNetwork:
     ) -> Tensor:  # fmt: skip
         out, weights, scales, sizes = self._operands(x, layers, softcap)
         is_scaled = isinstance(layers[0], QuantizedLinear)
-        block_n, block_k, warps = _row_tile(sum(sizes), x.size(1), is_scaled)
+        block_n, block_k, warps = _row_tile(sum(sizes), x.size(1), weights[0].dtype, self.overlaps)
         programs = -(-sum(sizes) // block_n)
         self.kernels.matrix_row[(programs,)](
             x, *weights, *scales, x if residual is None else residual, out, *(sizes * 2)[:2], sum(sizes),
             NORM_EPS, softcap or 1.0, K=x.size(1), PARTS=len(layers), NORM=norm, SQUARE=square,
             RESIDUAL=residual is not None, SCALED=is_scaled, SOFTCAP=softcap > 0,
-            BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps,
+            BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, **self.overlap(1),
         )  # fmt: skip
         return out
 
@@ -183,13 +179,23 @@ class CudaNetwork:
         return out, weights, scales, sizes
 
 
-def _row_tile(outputs: int, inputs: int, is_scaled: bool) -> tuple[int, int, int]:
-    """(BLOCK_N, BLOCK_K, warps) of matrix_row, the fastest of some on an H200 with the matrices of a d20.
+def _row_tile(outputs: int, inputs: int, dtype: torch.dtype, overlaps: bool) -> tuple[int, int, int]:
+    """(BLOCK_N, BLOCK_K, warps) of matrix_row for weights of a type, the fastest of some on an H200 with the matrices of a d20.
 
     Short rows are a warp's, piece by piece, so that no warp waits for another; long ones are read at once by some.
+    Where kernels overlap, a program has some outputs, if its registers hold them: x, which all wait for, is read by fewer.
     """
-    if inputs <= 2048:
-        return (4, 256, 4) if is_scaled else (1, 256, 1)
+    is_short = inputs <= 2048
+    if overlaps:
+        if is_short:
+            tile = {torch.int8: (2, 256, 1), torch.float8_e4m3fn: (4, 512, 1)}.get(dtype, (4, 256, 1))
+        else:
+            tile = (4 if dtype.itemsize == 1 else 2, 512, 2)
+        block_n, block_k, warps = tile
+        fits = block_n * inputs * dtype.itemsize <= warps * 20480  # 160 registers a thread
+        return (block_n if fits else block_n // 2), block_k, warps
+    if is_short:
+        return (4, 256, 4) if dtype.itemsize == 1 else (1, 256, 1)
     block_n, block_k = 1 if outputs < 2560 else 2, 1 << (inputs - 1).bit_length()
     return block_n, block_k, min(block_n * block_k // 2048, 8)
 

@@ -140,7 +140,7 @@ class PagePool:
 
     def _has_kernels(self) -> bool:
         """Whether prompts are read without holding the scores of a chunk."""
-        from nanochat.cuda_decode import kernels_run
+        from nanochat.cuda_graphs import kernels_run
 
         return kernels_run(self.device)
 

@@ -21,7 +21,9 @@ part() {
     results+="${results:+, }\"$name\": $took"
 }
 
-part kernels python -m pytest -q -p no:cacheprovider tests/cuda_decode_cases.py
+parallel=()
+if python -c 'import xdist' 2>/dev/null; then parallel=(-n 8); fi
+part kernels python -m pytest -q -p no:cacheprovider ${parallel[@]+"${parallel[@]}"} tests/cuda_decode_cases.py
 d20=(python -m scripts.infer_bench -i random --arch=classic --depth=20)
 part decode "${d20[@]}" --prompt-tokens=1792 --decode-tokens=64 --batch-sizes=1,64 --distinct
 part load "${d20[@]}" --prompt-tokens=512 --decode-tokens=64 --batch-sizes=1 \
@@ -31,6 +33,7 @@ if compgen -G "${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/chatsft_checkpoints/*
     part rl python -m scripts.chat_rl --num-iterations=2 --examples-per-step=4 --num-samples=4 --eval-examples=8 \
         --eval-samples=2 --eval-every=1 --max-new-tokens=64 --output-tag=gpu_check --resume=never
 fi
-part training python -m dev.bench.train --shapes=d20 --contenders=classic,classic-fp8 --repeats=1
+part training python -m dev.bench.train --shapes=d20 --contenders=classic --repeats=1
+part training_fp8 python -m dev.bench.train --shapes=d20 --contenders=classic-fp8 --repeats=1
 echo "{$results}"
 [[ $results != *null* ]]
