@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_PATIENCE = 100  # runs until something is recorded again for which memory was missing
+
 
 class Graphs:
     """Recorded work by its key. What the work reads and writes must stay where it is, or `forget` must be called.
@@ -24,6 +26,7 @@ class Graphs:
         self.forget()
 
     def forget(self) -> None:
+        """Record anew: what the graphs read and write is elsewhere."""
         self._recorded.clear()
         self._runs: Counter[Hashable] = Counter()
         if self._enabled:  # a pool ends with its last graph
@@ -42,6 +45,7 @@ class Graphs:
                 self._recorded[key] = self._record(work)
             except torch.OutOfMemoryError:  # while recording, cached memory is not given back
                 torch.cuda.empty_cache()
+                self._runs[key] = -_PATIENCE
         return out
 
     def _record(self, work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
