@@ -72,4 +72,6 @@ class StageConfig:
         """Fields of a RunPlan that are settings, under the same names, and all settings for the record."""
         settings = as_dict(self)
         same = ("run", "clip_norm", "save", "save_every", "keep_last")
-        return {"settings": settings, **{name: settings[name] for name in same}}
+        return {
+            "settings": settings, "start_over": self.resume == "never", **{name: settings[name] for name in same},
+        }  # fmt: skip

@@ -170,6 +170,7 @@ def main(cfg: Config) -> None:
             evaluations=evaluations(cfg, rows, model, tokenizer, world),
             save_every=cfg.save_every,
             keep_last=cfg.keep_last,
+            start_over=cfg.resume == "never",
             compile=compiled,
             clip_norm=cfg.clip_norm,
             extra_meta={

@@ -214,6 +214,30 @@ def test_going_back_leaves_nothing_of_the_other_branch(tiny_run, capsys):
     assert list_steps(directory) == [2, 6]
 
 
+def test_starting_over_deletes_nothing_before_the_first_step(tiny_run, monkeypatch, capsys):
+    def left() -> list[tuple[str, int]]:
+        return sorted((str(path), path.stat().st_mtime_ns) for path in tiny_run.glob("*_checkpoints/t/*0*.*"))
+
+    for stage in ("base_train", "mid_train"):
+        run_here(stage, num_iterations=2, eval_every=-1)
+    before, stories = left(), [losses(tiny_run / f"{stage}_checkpoints" / "t") for stage in ("base", "mid")]
+    assert len(before) == 6
+    with pytest.raises(UserError, match=r"/nope does not exist"):
+        run_here("mid_train", resume="never", extra_data="/nope")
+    with pytest.raises(UserError, match="total-batch-size|total_batch_size"):
+        run_here("base_train", resume="never", total_batch_size=500)
+    monkeypatch.setattr("nanochat.loss_eval.evaluate_bpb", lambda *_: 1 / 0)  # that of before the first step
+    with pytest.raises(ZeroDivisionError):
+        run_here("base_train", resume="never")
+    assert left() == before
+    assert [losses(tiny_run / f"{stage}_checkpoints" / "t") for stage in ("base", "mid")] == stories
+    assert "deleting" not in capsys.readouterr().out
+    run_here("base_train", resume="never", num_iterations=1, eval_every=-1)
+    assert list_steps(tiny_run / "base_checkpoints" / "t") == [1]
+    assert len(losses(tiny_run / "base_checkpoints" / "t")) == 1
+    assert "deleting the checkpoints of an earlier run" in capsys.readouterr().out
+
+
 def test_an_evaluation_that_fails_loses_nothing(tiny_run, monkeypatch):
     results = iter([1.0])  # at the start; the next one, at step 3, fails
     monkeypatch.setattr("nanochat.training_run.UNSAVED_S", 0.0)
