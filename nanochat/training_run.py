@@ -117,7 +117,7 @@ def find_resume_point(directory: Path, world: World, resume: str) -> Checkpoint 
     refuse_irreplaceable(directory)
     step = -1
     if world.is_main:
-        with exclusive(directory):
+        with exclusive(directory, wanted=directory.exists()):
             if resume == "auto":
                 newest = newest_good_step(directory)
                 step = -1 if newest is None else newest

@@ -224,7 +224,7 @@ def test_starting_over_deletes_nothing_before_the_first_step(tiny_run, monkeypat
     assert len(before) == 6
     with pytest.raises(UserError, match=r"/nope does not exist"):
         run_here("mid_train", resume="never", extra_data="/nope")
-    with pytest.raises(UserError, match="total-batch-size|total_batch_size"):
+    with pytest.raises(UserError, match="500"):
         run_here("base_train", resume="never", total_batch_size=500)
     monkeypatch.setattr("nanochat.loss_eval.evaluate_bpb", lambda *_: 1 / 0)  # that of before the first step
     with pytest.raises(ZeroDivisionError):
@@ -236,6 +236,14 @@ def test_starting_over_deletes_nothing_before_the_first_step(tiny_run, monkeypat
     assert list_steps(tiny_run / "base_checkpoints" / "t") == [1]
     assert len(losses(tiny_run / "base_checkpoints" / "t")) == 1
     assert "deleting the checkpoints of an earlier run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [{"resume": "3"}, {"total_batch_size": 500}, {"eval_every": 1}])
+def test_a_start_that_fails_leaves_no_folder(tiny_run, monkeypatch, flags):
+    monkeypatch.setattr("nanochat.loss_eval.evaluate_bpb", lambda *_: 1 / 0)
+    with pytest.raises((UserError, ZeroDivisionError)):
+        run_here("base_train", **flags)
+    assert not (tiny_run / "base_checkpoints").exists()
 
 
 def test_an_evaluation_that_fails_loses_nothing(tiny_run, monkeypatch):
