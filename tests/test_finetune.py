@@ -178,6 +178,8 @@ def test_your_own_conversations_are_mixed_in_or_are_all_there_is(tiny_run, recei
     assert counted and int(counted[1].replace(",", "")) > 1000
     with pytest.raises(UserError, match=r"nowhere\.jsonl does not exist, here or in"):
         run_here(stage, **flags, extra_data="nowhere.jsonl")
+    with pytest.raises(UserError, match=r"base is a folder; --extra-data names files"):
+        run_here(stage, **flags, extra_data=str(tiny_run))
     with pytest.raises(UserError, match="--only-extra-data needs files"):
         run_here(stage, **flags, only_extra_data=True)
 
