@@ -235,8 +235,11 @@ def start_model(
     )  # fmt: skip
     pairs = [(name, getattr(found, name), getattr(wanted, name)) for name in names]
     if other := [f"{name} {ours} instead of {flags}" for name, ours, flags in pairs if ours != flags]:
+        way_out = "train another one with --model-tag=NAME, or give --resume=never to start over"
+        if origin.directory.name == cfg.init_from:
+            way_out = "give the flags that it was trained with"
         raise UserError(
-            f"the model in {origin.directory} is not the one that the flags describe: {', '.join(other)}"
+            f"the model in {origin.directory} is not the one that the flags describe: {', '.join(other)}; {way_out}"
         )
     return origin.model(device, dtype)
 

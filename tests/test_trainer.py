@@ -173,7 +173,9 @@ def test_other_settings_do_not_continue_a_run(tiny_run):
     run_here("base_train")
     with pytest.raises(UserError, match=r"num_steps 6, not 8.*--resume=never"):
         run_here("base_train", num_iterations=8)
-    with pytest.raises(UserError, match="not the one that the flags describe: n_layer 2 instead of 3"):
+    with pytest.raises(
+        UserError, match=r"flags describe: n_layer 2 instead of 3.*; .*--model-tag=NAME.*--resume=never"
+    ):
         run_here("base_train", depth=3)
     with pytest.raises(UserError, match=r"--resume=5 cannot be done: .*meta_000005.json does not exist"):
         run_here("base_train", resume="5")
