@@ -123,7 +123,8 @@ def sweep_plan(cfg: Config, series: str, runs: Sequence[Run], ranks: int, has_to
     for one in runs:
         command = Launcher(ranks, one.tag).command("scripts.base_train", shlex.split(train_flags(cfg, one)))
         about = f"depth {one.depth}" + (f" at {one.flops_budget} FLOPs" if one.flops_budget else "")
-        stages.append(Stage(one.tag, about, command, 3600, resumable=True))
+        output = str(get_base_dir() / "base_checkpoints" / one.tag)
+        stages.append(Stage(one.tag, about, command, 3600, resumable=True, output=output))
     return Plan(
         f"{series}_{cfg.kind}", f"{len(runs)} runs on {ranks} ranks", tuple(stages),
         {"NANOCHAT_DATA": data_source()}, disk_bytes=cfg.num_shards * SHARD_BYTES if stages else 0,
