@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from nanochat.common import UserError
 from nanochat.configurator import as_dict, option
 
 # When a run saves whatever its flags say; see training_run.
@@ -67,6 +68,13 @@ class StageConfig:
     save_every: int = option(-1, f"steps between checkpoints, besides {SAVED}; -1: only those")
     keep_last: int = option(2, "checkpoints to keep; 0: all", least=0)
     resume: str = option("auto", "auto: continue the run in the folder; never: start over; or a step")
+
+    def __post_init__(self) -> None:
+        for name in ("lora_alpha", "lora_lr"):
+            if self.lora_rank == 0 and getattr(self, name) != getattr(StageConfig, name):
+                raise UserError(
+                    f"--{name.replace('_', '-')} changes nothing without --lora-rank, which turns adapters on"
+                )
 
     def plan_settings(self) -> dict[str, Any]:
         """Fields of a RunPlan that are settings, under the same names, and all settings for the record."""

@@ -36,7 +36,9 @@ class Config(WhichModel):
     batch_size: int = option(
         8, "rows of the full context in a forward pass, multiple choice", short="b", least=1
     )
-    max_problems: int = option(-1, "evaluate only the first problems of each task; -1 = all", short="x")
+    max_problems: int = option(
+        -1, "evaluate only the first problems of each task; -1 = all", short="x", least=1, off=-1
+    )
 
 
 def main(cfg: Config) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from nanochat.checkpoint_manager import save_checkpoint, stage_dir
 from nanochat.common import UserError, World
+from nanochat.configurator import parse
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
@@ -275,6 +276,11 @@ def test_chat_eval_scores_all_tasks_of_the_embedded_source(run_here, capsys):
 def test_chat_eval_refuses_what_makes_no_sense(change, message):
     with pytest.raises(UserError, match=message):
         script.task_names(script.Config(source="sft", **change))
+
+
+def test_a_negative_number_of_problems_is_none():
+    with pytest.raises(UserError, match="max_problems must be at least 1, or -1, not -3"):
+        parse(script.Config, ["-i", "sft", "-x", "-3"])
 
 
 def test_base_eval_writes_table_record_and_report(run_here, capsys):
