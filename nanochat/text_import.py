@@ -77,8 +77,10 @@ def import_text(cfg: Config) -> None:
     print(f"{source}, {size} of text, into {folder}", flush=True)
     facts = write_data_set(cfg, documents, num_bytes, sources)
     total = sum(fact["documents"] for fact in facts)
+    unset = "" if os.environ.get("NANOCHAT_DATA") != "tinyworld" else ", without NANOCHAT_DATA=tinyworld"
     print(
         f"{total:,} documents in {len(facts)} shards, the last for validation; to use: NANOCHAT_DATASET={cfg.name}"
+        f" python -m scripts.base_train{unset}"
     )
 
 
