@@ -107,12 +107,14 @@ def _start_wandb(project: str, run: str, config: dict):
         import wandb
     except ImportError:
         raise UserError(
-            f"--run={run} asks for wandb, which is not installed; pip install wandb or drop --run"
+            f"--run={run} asks for wandb, which is not installed; pip install wandb or give --run=dummy"
         ) from None
     try:
         return wandb.init(project=project, name=run, config=config)
     except Exception as error:  # of its own kinds: no account, no network
-        raise UserError(f"--run={run}: wandb: {str(error).strip().splitlines()[0]}; or drop --run") from None
+        raise UserError(
+            f"--run={run}: wandb: {str(error).strip().splitlines()[0]}; or give --run=dummy"
+        ) from None
 
 
 class StatusLine:

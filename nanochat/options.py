@@ -51,7 +51,7 @@ class WhichWeights(WhichModel):
 class StageConfig:
     """Settings of every stage that goes on from the model of an earlier one: mid-training, SFT, DPO and RL."""
 
-    run: str = option("dummy", "wandb run name; dummy: no wandb")
+    run: str = option("dummy", "wandb run name, else WANDB_RUN; dummy: no wandb", variable="WANDB_RUN")
     device_type: str = option("", "cuda, mps or cpu; empty: the best there is")
     precision: str = option(
         "auto", "numbers that are multiplied", choices=("auto", "fp32", "bf16", "fp16", "fp8", "mxfp4")

@@ -43,7 +43,7 @@ EVAL_TOKENS = 80 * 524288
 
 @dataclass(frozen=True)
 class Config:
-    run: str = option("dummy", "wandb run name; dummy: no wandb")
+    run: str = option("dummy", "wandb run name, else WANDB_RUN; dummy: no wandb", variable="WANDB_RUN")
     dry_run: bool = option(
         False, "print sizes, expected memory, time and cost, and stop; without a tokenizer for 32,768 tokens"
     )
