@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import time
@@ -46,6 +47,31 @@ def test_base_training_learns_and_records(tiny_run, arch):
     summary = json.loads((directory / "run_summary.json").read_text())
     assert summary["num_iterations"] == 30 and summary["tokens_trained"] == 30 * 512
     assert summary["val_bpb"] == pytest.approx(Checkpoint.open(directory, 30).meta["val_bpb"])
+
+
+def test_a_slow_first_step_counts_as_time_but_not_for_the_time_left(tiny_run, monkeypatch, capsys):
+    """The loader of each step takes as long as said here; the status line shows every step."""
+    from nanochat.dataloader import PretrainLoader
+    from nanochat.metrics import StatusLine
+
+    following, sleeps = PretrainLoader.__next__, iter([3.0, *[0.0] * 7])
+
+    def slow_at_first(self):
+        time.sleep(next(sleeps))
+        return following(self)
+
+    monkeypatch.setattr(PretrainLoader, "__next__", slow_at_first)
+    monkeypatch.setattr(StatusLine, "show", lambda self, text, final=False: print(text))
+    run_here("base_train", num_iterations=2, total_batch_size=128, eval_every=-1)
+    shown = capsys.readouterr().out
+    assert re.search(r"step 00001/00002 .* [3-9]s left\n", shown)
+    assert re.search(r"2 steps, 256 tokens in [3-9]s\n", shown)
+    sleeps = iter([3.0, *[0.0] * 7])
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)  # which is what takes the time
+    flags = {"num_iterations": 3, "total_batch_size": 128, "eval_every": -1, "resume": "never"}
+    run_here("base_train", compile="on", **flags)
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 0000")]
+    assert ["left" in line for line in shown] == [False, True, True] and re.search("[012]s left$", shown[1])
 
 
 @pytest.mark.parametrize("stage", ["base_train", "mid_train", "chat_sft"])
