@@ -332,6 +332,11 @@ class Checkpoint:
     def open(cls, directory: Path, step: int) -> Checkpoint:
         return cls(directory, step, read_json(directory / f"meta_{step:06d}.json"))
 
+    @property
+    def weights_sha256(self) -> str:
+        """Of the file of its weights, as recorded."""
+        return self.meta["files"][f"model_{self.step:06d}.pt"]["sha256"]
+
     def config(self) -> GPTConfig:
         try:
             return read_config(self.meta["model_config"])
