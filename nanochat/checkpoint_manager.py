@@ -49,6 +49,16 @@ def stage_dir(stage: str) -> Path:
     return get_base_dir() / STAGE_FOLDERS[stage]
 
 
+def model_dir(stage: str, tag: str) -> Path:
+    """The folder of a model's checkpoints. Raises UserError for a tag that is not the name of one folder."""
+    if not 0 < len(tag) <= 100 or tag.startswith(".") or set(tag) & set("/\\") or not tag.isprintable():
+        raise UserError(
+            f"{tag!r} is no model tag, which names a folder in {stage_dir(stage)}: at most 100 characters, none of them"
+            " / or \\, the first no dot"
+        )
+    return stage_dir(stage) / tag
+
+
 # --- writing -----------------------------------------------------------------------------------------
 
 
@@ -270,7 +280,7 @@ def locate(
     contents as in check_files.
     """
     checkpoints = stage_dir(stage)
-    directory = checkpoints / (model_tag or find_model_tag(checkpoints))
+    directory = model_dir(stage, model_tag or find_model_tag(checkpoints))
     if not list_steps(directory):
         have = sorted(path.name for path in checkpoints.glob("*") if list_steps(path))
         raise UserError(f"no {stage} checkpoint {directory}; there are: {', '.join(have) or 'none'}")
@@ -321,6 +331,11 @@ class Checkpoint:
     @classmethod
     def open(cls, directory: Path, step: int) -> Checkpoint:
         return cls(directory, step, read_json(directory / f"meta_{step:06d}.json"))
+
+    @property
+    def weights_sha256(self) -> str:
+        """Of the file of its weights, as recorded."""
+        return self.meta["files"][f"model_{self.step:06d}.pt"]["sha256"]
 
     def config(self) -> GPTConfig:
         try:

@@ -142,14 +142,16 @@ def read_json(path: str | Path) -> dict:
 def exclusive(folder: Path, wanted: bool = True) -> Iterator[None]:
     """Hold a folder for this process alone; the system lets go of it however the process ends.
 
-    wanted: False does nothing, for ranks that write no files. Raises UserError if another process holds the folder,
-    such as one whose torchrun was killed without it.
+    wanted: False does nothing, for ranks that write no files. A folder that is not there is made, and goes again if
+    nothing is put into it. Raises UserError if another process holds the folder, such as one whose torchrun was killed
+    without it.
     """
     from filelock import FileLock, Timeout
 
     if not wanted:
         yield
         return
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock, owner = FileLock(folder / "lock"), folder / "lock.pid"
     try:
@@ -164,7 +166,13 @@ def exclusive(folder: Path, wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         owner.unlink(missing_ok=True)
+        with suppress(OSError):
+            if made and [path.name for path in folder.iterdir()] == ["lock"]:
+                (folder / "lock").unlink()  # while it is held, so that nobody waits for it
         lock.release()
+        with suppress(OSError):  # not empty
+            for path in made:
+                path.rmdir()
 
 
 # --- ranks -------------------------------------------------------------------------------------------

@@ -46,15 +46,21 @@ def option(
     none: str = "None",
     least: float | None = None,
     off: int | None = None,
+    variable: str = "",
 ) -> Any:
     """A dataclass field that is also a flag. A field whose default is `...` must be given.
 
     none: the word for None on the command line and in presets, for a field that may be None. least: the smallest value;
-    off: the one below it that stands for "no limit" or "not given".
+    off: the one below it that stands for "no limit" or "not given". variable: of the environment; where it is set its
+    text is the default.
     """
     metadata = {"help": help, "short": short, "choices": choices, "none": none, "least": least, "off": off}
     if default is ...:
         return dataclasses.field(metadata=metadata)
+    if variable:
+        return dataclasses.field(
+            default_factory=lambda: os.environ.get(variable) or default, metadata=metadata
+        )
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -188,10 +194,13 @@ def _options(config_class: type) -> dict[str, _Option]:
         kind, optional = hints[field.name], False
         if typing.get_origin(kind) in (typing.Union, types.UnionType):
             kind, optional = next(arg for arg in typing.get_args(kind) if arg is not type(None)), True
-        required = field.default is dataclasses.MISSING
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        required = default is dataclasses.MISSING
         meta = field.metadata
         result[field.name] = _Option(
-            field.name, kind, optional, required, None if required else field.default,
+            field.name, kind, optional, required, None if required else default,
             meta.get("help", ""), meta.get("short", ""), meta.get("choices"), meta.get("none", "None"), meta.get("least"), meta.get("off"),
         )  # fmt: skip
     return result

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from nanochat.common import World, print0, whole_file
+from nanochat.common import World, print0
 from nanochat.confidence import bootstrap_mean_of_tasks, wilson
 from nanochat.core_bundle import CoreTask, Item, bundle_dir, load_items, load_tasks
 from nanochat.core_scoring import EvalModel, Score, Scored, common_prefix_length, score_examples
@@ -181,14 +181,12 @@ def evaluate_core(
     world: World,
     max_per_task: int = -1,
     bundle: Path | None = None,
-    examples_log: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate all tasks of the bundle (default: that of the data source). Collective; prints on rank 0.
 
     Returns `results` and `centered_results` by label, their mean `core_metric`, `outcomes` (TaskOutcome by
-    label), and 95 % intervals: `intervals` of the accuracies by label, `core_interval` of the mean.
-    Prompts longer than the model's training context keep their end. examples_log: a file for a line of JSON
-    per example, written on rank 0.
+    label), `examples` (a line of JSON for each), and 95 % intervals: `intervals` of the accuracies by label,
+    `core_interval` of the mean. Prompts longer than the model's training context keep their end.
     """
     tasks = load_tasks(bundle or bundle_dir())
     config = getattr(model, "config", None)
@@ -201,9 +199,6 @@ def evaluate_core(
         outcomes[task.label] = outcome
         lines += example_lines(task, items, outcome)
         print0(_line(task, outcome))
-    if examples_log is not None and world.is_main:
-        with whole_file(examples_log, "w") as file:
-            file.writelines(f"{line}\n" for line in lines)
     results = {label: outcome.accuracy for label, outcome in outcomes.items()}
     centered_results = {task.label: centered(results[task.label], task.baseline) for task in tasks}
     intervals, core_interval = bootstrap_mean_of_tasks(
@@ -214,6 +209,7 @@ def evaluate_core(
         "centered_results": centered_results,
         "core_metric": sum(centered_results.values()) / len(centered_results),
         "outcomes": outcomes,
+        "examples": lines,
         "intervals": dict(zip(outcomes, intervals, strict=True)),
         "core_interval": core_interval,
     }

@@ -9,7 +9,8 @@ the validation split, all others are training. Documents are shuffled when the s
     python -m nanochat.dataset import --name=mine --files=FOLDER
 
 NANOCHAT_DATA=tinyworld generates the embedded data instead; NANOCHAT_DATASET names another set, one that was
-imported, or a mixture: climbmix:0.7,mine:0.3 takes 70 % of the tokens from the first. The commands are in nanochat/dataset_commands.py.
+imported, or a mixture: climbmix:0.7,mine:0.3 takes 70 % of the tokens from the first. It decides about pretraining
+text alone: the other stages and evaluations stay with the data source. The commands are in nanochat/dataset_commands.py.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ if TYPE_CHECKING:
 def data_sets_in_use() -> dict[PretrainingSet, float]:
     """The sets that NANOCHAT_DATASET names, with their shares of the tokens, which add up to 1.
 
-    By default climbmix alone, or the embedded set with NANOCHAT_DATA=tinyworld. UserError for a name that is
-    neither known nor imported, and for weights that make no sense.
+    By default climbmix alone, or the embedded set where that is the data source. A source that the base folder only
+    remembers gives way to NANOCHAT_DATASET; NANOCHAT_DATA=tinyworld does not. UserError for a name that is neither
+    known nor imported, and for weights that make no sense.
     """
-    if data_source() == "tinyworld":
+    text = os.environ.get("NANOCHAT_DATASET") or ""
+    if data_source() == "tinyworld" and (not text or os.environ.get("NANOCHAT_DATA")):
         return {TINYWORLD: 1.0}
-    text = os.environ.get("NANOCHAT_DATASET") or CLIMBMIX.name
+    text = text or CLIMBMIX.name
     weights: dict[PretrainingSet, float] = {}
     for part in text.split(","):
         name, _, weight = part.strip().partition(":")
@@ -128,7 +131,7 @@ def split_files(split: str, data_dir: Path | None = None, warn_on_legacy: bool =
 
 def _split_of(folder: Path, split: str) -> list[Path]:
     files = _parquet_files(folder)
-    hint = f"run: python -m nanochat.dataset{' -n 8' if data_source() == 'hub' else ''}"
+    hint = f"run: python -m nanochat.dataset{'' if folder == TINYWORLD.path else ' -n 8'}"
     if len(files) < 2:
         found = f"only {files[0].name}" if files else "no parquet file"
         raise UserError(

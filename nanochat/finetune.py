@@ -198,7 +198,9 @@ def choose_rows(
         return cfg.device_batch_size
     if before is None:
         return fit_batch(model, optimizer, world, length, total)
-    share = total // (length * world.size)  # of a rank, in rows
+    share = max(
+        total // (length * world.size), 1
+    )  # of a rank, in rows; what is less than one is refused later
     return max(rows for rows in range(1, min(before["device_batch_size"], share) + 1) if share % rows == 0)
 
 

@@ -19,6 +19,7 @@ class MetricsLog:
     """Appends one JSON object per event to `<directory>/metrics.jsonl` and mirrors it to wandb.
 
     Only rank 0 writes. Resuming at a step drops what a lost run logged after it, so the file tells one story.
+    What an earlier run wrote stays until the first step is logged: a run that fails before it leaves no trace.
     """
 
     def __init__(
@@ -31,25 +32,31 @@ class MetricsLog:
         run: str = "dummy",
         config: dict | None = None,
     ) -> None:
+        self._path, self._resume_step, self._is_main = directory / "metrics.jsonl", resume_step, is_main
         self._file, self._wandb = None, None
-        if not is_main:
-            return
-        path = directory / "metrics.jsonl"
-        _keep_until(path, resume_step)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (lives as long as the log)
-        if run != "dummy":
+        self._early: list[str] = []  # lines of before the first step
+        if is_main and run != "dummy":
             self._wandb = _start_wandb(project, run, config or {})
 
     def log(self, step: int, values: dict[str, Value], kind: str = "eval") -> None:
         """Record values of one step; kind is "train" or "eval". Non-finite numbers become null, as in JSON."""
-        if self._file is None:
+        if not self._is_main:
             return
         event = {"step": step, "kind": kind, "time": round(time.time(), 3)}
         event |= {name: _plain(value) for name, value in values.items()}
-        self._file.write(json.dumps(event) + "\n")
-        self._file.flush()
+        self._early.append(json.dumps(event) + "\n")
+        if self._file is not None or kind == "train":
+            self._write()
         if self._wandb is not None:
             self._wandb.log(event, step=step)
+
+    def _write(self) -> None:
+        if self._file is None:
+            _keep_until(self._path, self._resume_step)
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (lives as long as the log)
+        self._file.writelines(self._early)
+        self._file.flush()
+        self._early.clear()
 
     def close(self) -> None:
         if self._file is not None:
@@ -63,6 +70,8 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None and self._is_main:
+            self._write()  # a run that had ended before only evaluates
         self.close()
 
 
@@ -98,12 +107,14 @@ def _start_wandb(project: str, run: str, config: dict):
         import wandb
     except ImportError:
         raise UserError(
-            f"--run={run} asks for wandb, which is not installed; pip install wandb or drop --run"
+            f"--run={run} asks for wandb, which is not installed; pip install wandb or give --run=dummy"
         ) from None
     try:
         return wandb.init(project=project, name=run, config=config)
     except Exception as error:  # of its own kinds: no account, no network
-        raise UserError(f"--run={run}: wandb: {str(error).strip().splitlines()[0]}; or drop --run") from None
+        raise UserError(
+            f"--run={run}: wandb: {str(error).strip().splitlines()[0]}; or give --run=dummy"
+        ) from None
 
 
 class StatusLine:

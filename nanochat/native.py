@@ -17,6 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from nanochat.common import UserError
+
 _FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
 
 
@@ -43,7 +45,10 @@ def load_library(name: str) -> ctypes.CDLL | None:
 
 def find_compiler() -> str | None:
     """The compiler to use; None where there is none, or kernels are switched off."""
-    if os.environ.get("NANOCHAT_KERNELS", "auto") == "off" or not sys.platform.startswith("linux"):
+    wanted = os.environ.get("NANOCHAT_KERNELS") or "auto"
+    if wanted not in ("auto", "off"):
+        raise UserError(f"NANOCHAT_KERNELS={wanted!r} is unknown; use auto or off")
+    if wanted == "off" or not sys.platform.startswith("linux"):
         return None  # elsewhere torch's OpenMP cannot be shared
     return shutil.which(os.environ.get("CXX", "g++"))
 

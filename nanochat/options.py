@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from nanochat.common import UserError
 from nanochat.configurator import as_dict, option
 
 # When a run saves whatever its flags say; see training_run.
@@ -50,7 +51,7 @@ class WhichWeights(WhichModel):
 class StageConfig:
     """Settings of every stage that goes on from the model of an earlier one: mid-training, SFT, DPO and RL."""
 
-    run: str = option("dummy", "wandb run name; dummy: no wandb")
+    run: str = option("dummy", "wandb run name, else WANDB_RUN; dummy: no wandb", variable="WANDB_RUN")
     device_type: str = option("", "cuda, mps or cpu; empty: the best there is")
     precision: str = option(
         "auto", "numbers that are multiplied", choices=("auto", "fp32", "bf16", "fp16", "fp8", "mxfp4")
@@ -68,8 +69,17 @@ class StageConfig:
     keep_last: int = option(2, "checkpoints to keep; 0: all", least=0)
     resume: str = option("auto", "auto: continue the run in the folder; never: start over; or a step")
 
+    def __post_init__(self) -> None:
+        for name in ("lora_alpha", "lora_lr"):
+            if self.lora_rank == 0 and getattr(self, name) != getattr(StageConfig, name):
+                raise UserError(
+                    f"--{name.replace('_', '-')} changes nothing without --lora-rank, which turns adapters on"
+                )
+
     def plan_settings(self) -> dict[str, Any]:
         """Fields of a RunPlan that are settings, under the same names, and all settings for the record."""
         settings = as_dict(self)
         same = ("run", "clip_norm", "save", "save_every", "keep_last")
-        return {"settings": settings, **{name: settings[name] for name in same}}
+        return {
+            "settings": settings, "start_over": self.resume == "never", **{name: settings[name] for name in same},
+        }  # fmt: skip

@@ -112,9 +112,21 @@ class Markers:
         before = self._read(stage.name, "started")
         same = bool(before) and before["inputs"] == self._inputs(stage)
         spent = before["seconds"] if same else 0.0
+        older = before.get("older_checkpoint", 0) if same else self._newest_checkpoint(stage)
         (self.folder / f"{stage.name}.done").unlink(missing_ok=True)
-        write_json(self.folder / f"{stage.name}.started", {"inputs": self._inputs(stage), "seconds": spent})
+        started = {"inputs": self._inputs(stage), "seconds": spent, "older_checkpoint": older}
+        write_json(self.folder / f"{stage.name}.started", started)
         return spent if same else None
+
+    def has_saved(self, stage: Stage) -> bool:
+        """Whether a training stage that was begun has written a checkpoint since. Until then an earlier run's are there."""
+        older = self._read(stage.name, "started").get("older_checkpoint", 0)
+        return not stage.output or self._newest_checkpoint(stage) > older
+
+    def _newest_checkpoint(self, stage: Stage) -> int:
+        """When the newest checkpoint of its output folder was written, in ns; 0 if there is none."""
+        found = (self.folder.parent / stage.output).glob("meta_*.json") if stage.output else ()
+        return max((path.stat().st_mtime_ns for path in found), default=0)
 
     def pause(self, stage: Stage, seconds: float) -> None:
         """Remember the time that an unfinished attempt took."""
@@ -235,7 +247,8 @@ class _Runner:
             return
         spent = self.markers.begin(stage)
         if stage.resumable:
-            flag = "--resume=never" if spent is None else "--resume=auto"
+            goes_on = spent is not None and self.markers.has_saved(stage)
+            flag = "--resume=auto" if goes_on else "--resume=never"
             stage = replace(stage, command=(*stage.command, flag))
         log = self.logs / f"{time.strftime('%Y%m%d-%H%M%S')}_{stage.name}.log"
         say(_banner(title, stage, log, resumed=spent is not None))

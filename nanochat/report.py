@@ -251,8 +251,7 @@ def _about(model: Checkpoint | str | None) -> dict[str, object]:
     """What a section records of its model."""
     if model is None or isinstance(model, str):
         return {"model": model}
-    weights = model.meta["files"][f"model_{model.step:06d}.pt"]["sha256"]
-    return {"model": model.directory.name, "step": model.step, "weights": weights}
+    return {"model": model.directory.name, "step": model.step, "weights": model.weights_sha256}
 
 
 def _beside(model: Checkpoint | str | None, there: Mapping) -> str:
@@ -271,10 +270,17 @@ def _beside(model: Checkpoint | str | None, there: Mapping) -> str:
 
 def _less(covers: Mapping[str, int], there: Mapping, about: Mapping) -> str:
     """Of what a section covers less than the one there about the same weights; empty if of nothing."""
-    if there.get("weights") != about.get("weights"):
-        return ""
-    lost = {name: count for name, count in there.get("covers", {}).items() if covers.get(name, 0) < count}
-    return ", ".join(f"{name} {count:,} instead of {covers.get(name, 0):,}" for name, count in lost.items())
+    same = there.get("weights") == about.get("weights")
+    return ", ".join(covered_less(covers, there.get("covers", {}) if same else {}).values())
+
+
+def covered_less(covers: Mapping[str, int], before: Mapping[str, int]) -> dict[str, str]:
+    """What is covered less than before, by name, with both numbers in words. Such results do not replace the earlier."""
+    return {
+        name: f"{name} {count:,} instead of {covers.get(name, 0):,}"
+        for name, count in before.items()
+        if covers.get(name, 0) < count
+    }
 
 
 # --- what a section records --------------------------------------------------------------------------

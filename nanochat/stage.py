@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from nanochat.checkpoint_manager import Checkpoint, list_steps, locate, stage_dir
+from nanochat.checkpoint_manager import Checkpoint, list_steps, locate, model_dir
 from nanochat.common import (
     UserError,
     World,
@@ -59,7 +59,7 @@ def announce_batch(total: int, rows: int, seq_len: int, world: World, accumulati
 
 def checkpoint_folder(stage: str, model_tag: str) -> Path:
     """Where this run's checkpoints and metrics go."""
-    directory = stage_dir(stage) / model_tag
+    directory = model_dir(stage, model_tag)
     print0(f"checkpoints and metrics.jsonl: {directory}")
     return directory
 

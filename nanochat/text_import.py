@@ -14,6 +14,7 @@ import io
 import json
 import os
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -76,8 +77,10 @@ def import_text(cfg: Config) -> None:
     print(f"{source}, {size} of text, into {folder}", flush=True)
     facts = write_data_set(cfg, documents, num_bytes, sources)
     total = sum(fact["documents"] for fact in facts)
+    unset = "" if os.environ.get("NANOCHAT_DATA") != "tinyworld" else ", without NANOCHAT_DATA=tinyworld"
     print(
         f"{total:,} documents in {len(facts)} shards, the last for validation; to use: NANOCHAT_DATASET={cfg.name}"
+        f" python -m scripts.base_train{unset}"
     )
 
 
@@ -194,6 +197,8 @@ def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
             raise UserError(f"{path}:{number}: not valid JSON: {error}") from None
         if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
             what = f"keys {', '.join(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
+            if isinstance(record, dict) and text_field in record:
+                what = json.dumps(record[text_field])[:40]
             raise UserError(f"{path}:{number}: no text under {text_field!r}, but {what}; see --text-field")
         yield record[text_field]
 
@@ -225,7 +230,9 @@ def _lines(path: Path) -> Iterator[str]:
                 number += 1
                 yield line
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 after line {number}: {error.reason}") from None
+        # Of what is decoded at once, the lines before the bad byte have not come out yet.
+        number += 1 + len(re.findall(rb"\r\n|\r|\n", error.object[: error.start]))
+        raise UserError(f"{path}:{number}: not UTF-8: {error.reason}") from None
     except (OSError, EOFError) as error:
         raise UserError(f"{path}: damaged after line {number}: {error}") from None
 

@@ -27,8 +27,6 @@ from nanochat.optim import MuonAdamW
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.training_run import LoopState, RunPlan, TrainingRun
 
-UNTIMED_STEPS = 3  # the first steps compile and warm caches
-
 
 class Loader(Protocol):
     """Iterator over (inputs, targets) whose state, saved after a batch, continues with the next one."""
@@ -118,6 +116,7 @@ class _Steps:
         self.plan, self.run, self.loader, self.forward = plan, run, loader, forward
         self.world, self.state = run.world, run.state
         self.flops_per_token = run.model.estimate_flops()
+        self.later_seconds = 0.0  # of the steps after the first, which compiles and warms caches
         device = self.world.device
         self.peak = peak_flops(device_name(device)) if device.type == "cuda" else None
 
@@ -128,8 +127,9 @@ class _Steps:
         synchronize(self.world.device)
         seconds = time.perf_counter() - started
         state.step += 1
-        if state.step - self.run.first_step > UNTIMED_STEPS:
-            state.total_training_time += seconds
+        state.total_training_time += seconds
+        if state.step - self.run.first_step > 1:
+            self.later_seconds += seconds
         if math.isfinite(loss):
             state.smooth_loss += 0.1 * (loss - state.smooth_loss) if state.step > 1 else loss
         self._report(log, loss, norm, seconds)
@@ -177,8 +177,6 @@ class _Steps:
             },
             kind="train",
         )
-        timed = max(state.step - self.run.first_step - UNTIMED_STEPS, 0)
-        per_step = state.total_training_time / (state.step - UNTIMED_STEPS) if timed else seconds
         parts = [
             f"step {state.step:05d}/{last_step:05d} ({100 * state.step / last_step:.1f}%)",
             f"loss {state.smooth_loss:.4f}",
@@ -188,9 +186,17 @@ class _Steps:
             *([f"mfu {mfu:.1f}%"] if mfu is not None else []),
             f"{memory / 2**30:.1f} GiB",
             f"epoch {self.loader.epoch}",
-            f"{duration(per_step * (last_step - state.step))} left",
+            *self._time_left(seconds),
         ]
         self.run.status.show(" | ".join(parts), final=state.step == last_step)
+
+    def _time_left(self, seconds: float) -> list[str]:
+        """By the steps so far but the first; after that one by itself, and nothing is said where it compiled."""
+        later = self.state.step - self.run.first_step - 1
+        if later == 0 and self.plan.compile:
+            return []
+        per_step = self.later_seconds / later if later else seconds
+        return [f"{duration(per_step * (self.plan.schedule.num_steps - self.state.step))} left"]
 
 
 def _tame_garbage_collector(steps_done: int) -> None:

@@ -75,6 +75,7 @@ class RunPlan:
     keep_last: int = 0
     clip_norm: float = 0.0  # of the whole gradient; 0: as it is
     save: bool = True
+    start_over: bool = False  # the checkpoints of an earlier run in the folder go, once this one begins
     extra_meta: dict = field(default_factory=dict)
 
     @property
@@ -108,25 +109,23 @@ class LoopState:
 def find_resume_point(directory: Path, world: World, resume: str) -> Checkpoint | None:
     """The checkpoint to continue from, or None to start from scratch. All ranks agree.
 
-    resume: "auto" for the newest whole checkpoint in the folder, "never", or a step. "never" deletes what an
-    earlier run left in the folder, since its later steps would be taken for this run's.
+    resume: "auto" for the newest whole checkpoint in the folder, "never", or a step. Nothing is deleted here: much can
+    still be wrong before the first step.
     Raises UserError if the folder holds a model that no run made (it is neither continued nor deleted), or if
     another run is at work in it.
     """
     refuse_irreplaceable(directory)
     step = -1
     if world.is_main:
-        with exclusive(directory):
+        with exclusive(directory, wanted=directory.exists()):
             if resume == "auto":
                 newest = newest_good_step(directory)
                 step = -1 if newest is None else newest
-            elif resume == "never":
-                delete_checkpoints(directory)
             elif resume.isdigit():
                 step = int(resume)
                 if problem := check_files(directory, step):
                     raise UserError(f"--resume={resume} cannot be done: {problem}")
-            else:
+            elif resume != "never":
                 raise UserError(f"--resume={resume} is not understood; use auto, never or a step")
     if world.size > 1:
         step = int(world.max(torch.tensor([step], device=world.device)))
@@ -262,8 +261,6 @@ class TrainingRun:
         with exclusive(plan.directory, self.world.is_main):
             if self.world.is_main:
                 remove_leftovers(plan.directory)
-                if self.is_resumed:  # else a later --resume=auto would go on with what this run leaves behind
-                    delete_checkpoints(plan.directory, after=self.first_step)
             log = MetricsLog(
                 plan.directory,
                 is_main=self.world.is_main,
@@ -287,9 +284,19 @@ class TrainingRun:
             if state.step >= last_step:
                 self._save_results()
                 return
+            if state.step == self.first_step:
+                self._delete_other_runs()
             step(log)
             if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 self._give_up()
+
+    def _delete_other_runs(self) -> None:
+        """What an earlier run left after the first step of this one, else a later --resume=auto would go on with it.
+
+        Only now, as all that can be refused has been: whoever mistypes a flag keeps the model that was there.
+        """
+        if self.world.is_main and (self.is_resumed or self.plan.start_over):
+            delete_checkpoints(self.plan.directory, after=self.first_step if self.is_resumed else -1)
 
     def _leave(self) -> NoReturn:
         self._save_at_once()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanochat.common import UserError, get_base_dir, read_json, whole_file, write_json
 from nanochat.configurator import option, run
@@ -16,6 +16,8 @@ from nanochat.options import CPU_TOKENS, WhichModel
 from scripts.base_train import PROMPTS
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
     from nanochat.checkpoint_manager import Checkpoint
@@ -76,27 +78,36 @@ def evaluate(cfg: Config, section: str, usual_tokens: int = TOKENS) -> None:
         print0(f"model: {subject.name} | data source: {data_source()}")
         results: dict = {"model": subject.name}
         covers: dict[str, int] = {}
+        parts: dict[str, dict] = {}  # of the results, under the names in covers
         samples = sample(subject, world) if "sample" in modes else {}
         if "bpb" in modes:
             meta = subject.checkpoint.meta if subject.checkpoint else {}
             warn_of_other_validation_data(meta, find_validation_data(world))
             tokens = cfg.split_tokens or tokens_by_default(usual_tokens, world.device)
-            for split in ("train", "val"):
-                results[f"{split} bpb"] = bits_per_byte(cfg, subject, split, tokens, world)
+            parts["tokens"] = {
+                f"{split} bpb": bits_per_byte(cfg, subject, split, tokens, world)
+                for split in ("train", "val")
+            }
+            results |= parts["tokens"]
             covers["tokens"] = tokens
-        centered: dict[str, float] = {}
+        outcome: dict[str, Any] = {}
         if "core" in modes:
-            centered, covers["CORE examples"] = core(cfg, subject, world, results)
+            outcome = core(cfg, subject, world)
+            low, high = outcome["core_interval"]
+            metrics = {"CORE metric": outcome["core_metric"], "CORE 95% low": low, "CORE 95% high": high}
+            parts["CORE examples"] = metrics | {"centered_results": outcome["centered_results"]}
+            results |= metrics
+            covers["CORE examples"] = len(outcome["examples"])
+        covers["samples"], parts["samples"] = len(samples), samples
         if world.is_main:
-            record = results | samples | ({"centered_results": centered} if centered else {})
-            # what another mode found earlier stays
-            write_json(
-                subject.record, (read_json(subject.record) if subject.record.exists() else {}) | record
-            )
-            print0(f"results: {subject.record}")
-        covers["samples"] = len(samples)
+            save(subject, parts, covers, outcome)
         model = subject.checkpoint or subject.name
-        get_report().log(section=section, data=[results, centered, samples], model=model, covers=covers)
+        get_report().log(
+            section=section,
+            data=[results, outcome.get("centered_results"), samples],
+            model=model,
+            covers=covers,
+        )
 
 
 def parse_modes(text: str) -> list[str]:
@@ -195,24 +206,16 @@ def bits_per_byte(cfg: Config, subject: Subject, split: str, tokens: int, world:
     return bpb
 
 
-def core(cfg: Config, subject: Subject, world: World, results: dict) -> tuple[dict[str, float], int]:
-    """Centred accuracies by task, and of how many examples; adds the metric to results, writes files. Collective."""
+def core(cfg: Config, subject: Subject, world: World) -> dict[str, Any]:
+    """What evaluate_core returns, after saying the metric. Collective."""
     from nanochat.common import print0
     from nanochat.core_eval import evaluate_core
 
-    examples = subject.record.with_name(f"{subject.record.stem}_core_examples.jsonl")
-    outcome = evaluate_core(subject.model, subject.tokenizer, world, cfg.max_per_task, examples_log=examples)
+    outcome = evaluate_core(subject.model, subject.tokenizer, world, cfg.max_per_task)
     low, high = outcome["core_interval"]
-    results |= {"CORE metric": outcome["core_metric"], "CORE 95% low": low, "CORE 95% high": high}
     print0(f"CORE metric: {outcome['core_metric']:.4f} (95 % of resampled examples: {low:.4f} to {high:.4f})")
-    print0(f"examples: {examples}")
     check_known_scores(cfg, outcome)
-    if world.is_main:
-        path = get_base_dir() / "base_eval" / f"{subject.slug}.csv"
-        write_table(path, outcome["results"], outcome["centered_results"], outcome["core_metric"])
-        print0(f"table: {path}")
-    num_examples = sum(len(task.correct) for task in outcome["outcomes"].values())
-    return outcome["centered_results"], num_examples
+    return outcome
 
 
 def check_known_scores(cfg: Config, outcome: dict) -> None:
@@ -228,6 +231,42 @@ def check_known_scores(cfg: Config, outcome: dict) -> None:
         print0("\n".join(lines))
     elif cfg.max_per_task < 0:
         print0(f"for comparison: {neighbours(outcome['core_metric'])}")
+
+
+# --- what is kept ------------------------------------------------------------------------------------
+
+
+def save(subject: Subject, parts: Mapping[str, dict], covers: Mapping[str, int], outcome: dict) -> None:
+    """Write the results beside the checkpoint, with a log and a table of CORE, and say where they are.
+
+    What another mode found earlier stays, and so does what was made on more of the same weights.
+    """
+    from nanochat.report import covered_less
+
+    weights = subject.checkpoint and subject.checkpoint.weights_sha256
+    log = subject.record.with_name(f"{subject.record.stem}_core_examples.jsonl")
+    before = read_json(subject.record) if subject.record.exists() else {}
+    if before.get("weights", weights) != weights:
+        before = {}
+    covered = before.get("covers", {})
+    if "CORE metric" in before and "CORE examples" not in covered and log.exists():  # until November 2026
+        covered = covered | {"CORE examples": log.read_text(encoding="utf-8").count("\n")}
+    less = covered_less(covers, {name: count for name, count in covered.items() if parts.get(name)})
+    record = before | {"model": subject.name, "weights": weights}
+    for name, part in parts.items():
+        if part and name not in less:
+            record |= part
+            covered = covered | {name: covers[name]}
+    if "CORE examples" in parts and "CORE examples" not in less:
+        with whole_file(log, "w") as file:
+            file.writelines(f"{line}\n" for line in outcome["examples"])
+        print(f"examples: {log}", flush=True)
+        path = get_base_dir() / "base_eval" / f"{subject.slug}.csv"
+        write_table(path, outcome["results"], outcome["centered_results"], outcome["core_metric"])
+        print(f"table: {path}", flush=True)
+    write_json(subject.record, record | {"covers": covered})
+    kept = f" keeps what was made on more: {', '.join(less.values())}" if less else ""
+    print(f"results: {subject.record}{kept}", flush=True)
 
 
 def write_table(path: Path, accuracies: dict[str, float], centered: dict[str, float], metric: float) -> None:

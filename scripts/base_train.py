@@ -43,7 +43,7 @@ EVAL_TOKENS = 80 * 524288
 
 @dataclass(frozen=True)
 class Config:
-    run: str = option("dummy", "wandb run name; dummy: no wandb")
+    run: str = option("dummy", "wandb run name, else WANDB_RUN; dummy: no wandb", variable="WANDB_RUN")
     dry_run: bool = option(
         False, "print sizes, expected memory, time and cost, and stop; without a tokenizer for 32,768 tokens"
     )
@@ -170,6 +170,7 @@ def main(cfg: Config) -> None:
             evaluations=evaluations(cfg, rows, model, tokenizer, world),
             save_every=cfg.save_every,
             keep_last=cfg.keep_last,
+            start_over=cfg.resume == "never",
             compile=compiled,
             clip_norm=cfg.clip_norm,
             extra_meta={
@@ -234,8 +235,11 @@ def start_model(
     )  # fmt: skip
     pairs = [(name, getattr(found, name), getattr(wanted, name)) for name in names]
     if other := [f"{name} {ours} instead of {flags}" for name, ours, flags in pairs if ours != flags]:
+        way_out = "train another one with --model-tag=NAME, or give --resume=never to start over"
+        if origin.directory.name == cfg.init_from:
+            way_out = "give the flags that it was trained with"
         raise UserError(
-            f"the model in {origin.directory} is not the one that the flags describe: {', '.join(other)}"
+            f"the model in {origin.directory} is not the one that the flags describe: {', '.join(other)}; {way_out}"
         )
     return origin.model(device, dtype)
 

@@ -28,8 +28,8 @@ class Config(PolicyConfig):
     source: str = option("sft", "stage whose model to start from", choices=STAGES)
     data: str = option("", "JSONL file of pairs; empty: word problems with right and wrong solutions")
     val_data: str = option("", "JSONL file of held-out pairs; needed with --data")
-    max_pairs: int = option(-1, "train on the first pairs only; -1: all")
-    max_val_pairs: int = option(400, "held-out pairs per validation; -1: all")
+    max_pairs: int = option(-1, "train on the first pairs only; -1: all", least=1, off=-1)
+    max_val_pairs: int = option(400, "held-out pairs per validation; -1: all", least=1, off=-1)
     # At five times this the margin grows further, and the rest of what the model can do is lost (LOG 2026-11-26).
     init_lr_frac: float = option(0.01, "all learning rates are multiplied by this", least=0)
     beta: float = option(0.1, "how dear departing from the source model is")

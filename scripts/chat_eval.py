@@ -7,7 +7,7 @@ torchrun --nproc_per_node=8 -m scripts.chat_eval -i sft -a "GSM8K|MMLU"
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,9 @@ class Config(WhichModel):
     batch_size: int = option(
         8, "rows of the full context in a forward pass, multiple choice", short="b", least=1
     )
-    max_problems: int = option(-1, "evaluate only the first problems of each task; -1 = all", short="x")
+    max_problems: int = option(
+        -1, "evaluate only the first problems of each task; -1 = all", short="x", least=1, off=-1
+    )
 
 
 def main(cfg: Config) -> None:
@@ -45,7 +47,7 @@ def main(cfg: Config) -> None:
     from nanochat.common import data_source, distributed, print0
     from nanochat.engine import Engine
     from nanochat.report import get_report
-    from tasks.chat_eval import EvalOptions, chat_core_interval, run_chat_eval
+    from tasks.chat_eval import EvalOptions, run_chat_eval
 
     names = task_names(cfg)
     if cfg.dtype:
@@ -57,23 +59,24 @@ def main(cfg: Config) -> None:
         options = EvalOptions(
             cfg.batch_size, cfg.num_samples, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.max_problems
         )
+        checkpoint = Checkpoint.open(directory, step)
         scores = run_chat_eval(names, Engine(model, tokenizer), world, options)
-        metrics, interval = summary(scores), chat_core_interval(scores)
+        metrics = summary(scores)
         for name, value in metrics.items():
             print0(f"{name}: {value:.4f}")
-        if interval is not None:
-            metrics |= {"ChatCORE 95% low": interval.low, "ChatCORE 95% high": interval.high}
-            print0(f"95 % of resampled problems give a ChatCORE of {interval.low:.4f} to {interval.high:.4f}")
+        if interval := interval_of(scores):
+            low, high = interval.values()
+            print0(f"95 % of resampled problems give a ChatCORE of {low:.4f} to {high:.4f}")
+            metrics |= interval
         if world.is_main:
             path = directory / f"chat_eval_{step:06d}.json"
-            save(path, scores, metrics, asdict(options))
-            print0(f"results: {path}")
+            print0(save(path, scores, checkpoint.weights_sha256, asdict(options)))
         accuracies: dict[str, float] = {name: score.accuracy for name, score in scores.items()}
         accuracies |= {f"{name} problems": score.total for name, score in scores.items()}
         get_report().log(
             section=f"Chat evaluation {cfg.source}",
             data=[as_dict(cfg) | {"model_tag": directory.name, "step": step}, accuracies, metrics],
-            model=Checkpoint.open(directory, step),
+            model=checkpoint,
             covers={name: score.total for name, score in scores.items()},
         )
 
@@ -106,14 +109,40 @@ def summary(scores: dict[str, TaskScore]) -> dict[str, float]:
     return {name: value for name, value in means.items() if value is not None}
 
 
-def save(path: Path, scores: dict[str, TaskScore], metrics: dict[str, float], options: dict) -> None:
-    """Write the results beside the checkpoint; tasks that were not evaluated now keep their entries."""
-    tasks = read_json(path)["tasks"] if path.exists() else {}
+def interval_of(scores: dict[str, TaskScore]) -> dict[str, float]:
+    """Both ends of the 95 % interval of ChatCORE, where all tasks were evaluated."""
+    from tasks.chat_eval import chat_core_interval
+
+    interval = chat_core_interval(scores)
+    return {} if interval is None else {"ChatCORE 95% low": interval.low, "ChatCORE 95% high": interval.high}
+
+
+def save(path: Path, scores: dict[str, TaskScore], weights: str, options: dict) -> str:
+    """Write the results beside the checkpoint, and say where they are.
+
+    Tasks that were not evaluated now keep their entries, and so do those that were on more problems of the same
+    weights. The metrics are those of all entries.
+    """
+    from nanochat.report import covered_less
+    from tasks.chat_eval import TaskScore
+
+    record = read_json(path) if path.exists() else {}
+    tasks = record.get("tasks", {}) if record.get("weights", weights) == weights else {}
+    before = {name: tasks[name]["total"] for name in scores if name in tasks}
+    less = covered_less({name: score.total for name, score in scores.items()}, before)
     for name, score in scores.items():
+        if name in less:
+            continue
         tasks[name] = asdict(score) | {
             "accuracy": score.accuracy, "interval": score.interval, "chance": score.chance, "options": options,
         }  # fmt: skip
-    write_json(path, {"tasks": tasks, "metrics": metrics})
+    stored = {
+        name: TaskScore(*(task[field.name] for field in fields(TaskScore))) for name, task in tasks.items()
+    }
+    metrics = summary(stored) | interval_of(stored)
+    write_json(path, {"weights": weights, "tasks": tasks, "metrics": metrics})
+    kept = f" keeps what was made on more problems: {', '.join(less.values())}" if less else ""
+    return f"results: {path}{kept}"
 
 
 if __name__ == "__main__":

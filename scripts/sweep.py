@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import UserError, data_source, get_base_dir, read_json, whole_file
+from nanochat.common import UserError, get_base_dir, read_json, whole_file
 from nanochat.configurator import option, run
 
 MINISERIES_COLUMNS = (
@@ -109,6 +109,7 @@ def _numbers(text: str, kind: type, flag: str) -> list:
 
 def sweep_plan(cfg: Config, series: str, runs: Sequence[Run], ranks: int, has_tokenizer: bool):
     """Data and tokenizer unless they exist, then one stage per run."""
+    from nanochat.dataset import data_sets_in_use
     from nanochat.pipeline import Plan, Stage
     from nanochat.plans import Launcher
     from nanochat.sizing import SHARD_BYTES
@@ -123,10 +124,13 @@ def sweep_plan(cfg: Config, series: str, runs: Sequence[Run], ranks: int, has_to
     for one in runs:
         command = Launcher(ranks, one.tag).command("scripts.base_train", shlex.split(train_flags(cfg, one)))
         about = f"depth {one.depth}" + (f" at {one.flops_budget} FLOPs" if one.flops_budget else "")
-        stages.append(Stage(one.tag, about, command, 3600, resumable=True))
+        output = str(get_base_dir() / "base_checkpoints" / one.tag)
+        stages.append(Stage(one.tag, about, command, 3600, resumable=True, output=output))
+    data_sets_in_use()  # rejects names that are no data
+    given = {name: os.environ[name] for name in ("NANOCHAT_DATA", "NANOCHAT_DATASET") if os.environ.get(name)}
     return Plan(
         f"{series}_{cfg.kind}", f"{len(runs)} runs on {ranks} ranks", tuple(stages),
-        {"NANOCHAT_DATA": data_source()}, disk_bytes=cfg.num_shards * SHARD_BYTES if stages else 0,
+        given, disk_bytes=cfg.num_shards * SHARD_BYTES if stages else 0,
     )  # fmt: skip
 
 

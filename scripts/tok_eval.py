@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanochat.common import UserError, data_source, get_base_dir
+from nanochat.common import UserError, get_base_dir
 from nanochat.configurator import run
 from scripts.tok_samples import SAMPLES
 
@@ -121,8 +121,6 @@ def data_name() -> str:
     from nanochat.dataset import data_folders, data_sets_in_use
     from nanochat.manifests import FINEWEB_EDU
 
-    if data_source() == "tinyworld":
-        return "tinyworld"
     if data_folders() == [FINEWEB_EDU.path]:
         return "fwe"
     return "+".join(named.name for named in data_sets_in_use())

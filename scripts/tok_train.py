@@ -37,12 +37,16 @@ class Config:
 
 def main(cfg: Config) -> None:
     """Train the tokenizer on the pretraining text and save it in the base folder."""
-    from nanochat.dataset import parquets_iter_batched
+    from nanochat.dataset import data_sets_in_use, parquets_iter_batched
     from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
 
     check(cfg, smallest_vocab=256 + len(SPECIAL_TOKENS), largest_vocab=MOST_RANKS + len(SPECIAL_TOKENS))
     directory = get_base_dir() / "tokenizer"
-    print(f"data: {data_source()}   {'   '.join(f'{k}: {v:,}' for k, v in as_dict(cfg).items())}", flush=True)
+    text = "+".join(named.name for named in data_sets_in_use())
+    print(
+        f"data: {data_source()}, text: {text}   {'   '.join(f'{k}: {v:,}' for k, v in as_dict(cfg).items())}",
+        flush=True,
+    )
 
     texts = capped_texts(parquets_iter_batched("train"), cfg.doc_cap, cfg.max_chars)
     started = time.perf_counter()

@@ -55,9 +55,10 @@ def extra_conversations(names: str) -> list[Task]:
     """
     tasks: list[Task] = []
     for name in filter(None, (part.strip() for part in names.split(","))):
-        found = next((path for path in (Path(name), data_root() / name) if path.exists()), None)
+        found = next((path for path in (Path(name), data_root() / name) if path.is_file()), None)
         if found is None:
-            raise UserError(f"{name} does not exist, here or in {data_root()}; --extra-data names files")
+            problem = "is a folder" if Path(name).is_dir() else f"does not exist, here or in {data_root()}"
+            raise UserError(f"{name} {problem}; --extra-data names files")
         tasks.append(CustomJSON(found))
     return tasks
 

@@ -33,6 +33,7 @@ def a_base_folder_of_their_own(tmp_path_factory):
     """Tests neither see nor touch the runs of whoever starts them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(tmp_path_factory.mktemp("home")))
+        patch.delenv("WANDB_RUN", raising=False)  # nor log to their account
         yield
 
 

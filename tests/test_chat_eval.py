@@ -12,6 +12,7 @@ import torch
 
 from nanochat.checkpoint_manager import save_checkpoint, stage_dir
 from nanochat.common import UserError, World
+from nanochat.configurator import parse
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
@@ -261,10 +262,27 @@ def test_chat_eval_scores_all_tasks_of_the_embedded_source(run_here, capsys):
     script.main(only)
     record = json.loads(path.read_text())
     assert record["tasks"]["MMLU"]["total"] == 5 and record["tasks"]["GSM8K"]["total"] == 3
+    totals = {name: (task["passed"], task["total"]) for name, task in record["tasks"].items()}
+    scores = {name: TaskScore(name, *counts, 0, 0.0) for name, counts in totals.items()}
+    assert record["metrics"] == script.summary(scores) | script.interval_of(scores), (
+        "of all that is in the file"
+    )
     assert json.loads((run_here / "report" / "chat-evaluation-sft.json").read_text()) == section
     assert (
         "'Chat evaluation sft' stays, it was made on more: ARC-Easy 3 instead of 0" in capsys.readouterr().out
     )
+    script.main(script.Config(source="sft", task_name="MMLU|ARC-Easy", max_problems=4, device_type="cpu"))
+    assert (
+        f"results: {path} keeps what was made on more problems: MMLU 5 instead of 4\n"
+        in capsys.readouterr().out
+    )
+    trial = json.loads(path.read_text())
+    assert trial["tasks"]["MMLU"] == record["tasks"]["MMLU"] and trial["tasks"]["ARC-Easy"]["total"] == 4
+    path.write_text(json.dumps(trial | {"weights": "of an earlier training"}))
+    script.main(script.Config(source="sft", task_name="MMLU", max_problems=1, device_type="cpu"))
+    assert {name: task["total"] for name, task in json.loads(path.read_text())["tasks"].items()} == {
+        "MMLU": 1
+    }
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -275,6 +293,11 @@ def test_chat_eval_scores_all_tasks_of_the_embedded_source(run_here, capsys):
 def test_chat_eval_refuses_what_makes_no_sense(change, message):
     with pytest.raises(UserError, match=message):
         script.task_names(script.Config(source="sft", **change))
+
+
+def test_a_negative_number_of_problems_is_none():
+    with pytest.raises(UserError, match="max_problems must be at least 1, or -1, not -3"):
+        parse(script.Config, ["-i", "sft", "-x", "-3"])
 
 
 def test_base_eval_writes_table_record_and_report(run_here, capsys):
@@ -297,8 +320,29 @@ def test_base_eval_writes_table_record_and_report(run_here, capsys):
     section = run_here / "report" / "base-model-evaluation.json"
     covers = json.loads(section.read_text())["covers"]
     assert covers["CORE examples"] == 4 * len(record["centered_results"]) and covers["tokens"] == 2000
-    base_eval.main(base_eval.Config(eval="core", max_per_task=1, device_type="cpu"))
-    assert json.loads(section.read_text())["covers"] == covers
+    assert covers == after["covers"], "base_loss measured fewer tokens"
+    log, table = (
+        record_path.parent / "base_eval_000007_core_examples.jsonl",
+        run_here / "base_eval" / "base_model_000007.csv",
+    )
+    whole = log.read_text(), table.read_text()
+    for earlier in (
+        after,
+        {k: v for k, v in after.items() if k not in ("covers", "weights")},
+    ):  # as until 2026
+        record_path.write_text(json.dumps(earlier))
+        base_eval.main(base_eval.Config(eval="core", max_per_task=1, device_type="cpu"))
+        assert json.loads(section.read_text())["covers"] == covers
+        num = covers["CORE examples"]
+        kept = (
+            f"results: {record_path} keeps what was made on more: CORE examples {num} instead of {num // 4}\n"
+        )
+        assert kept in capsys.readouterr().out
+        trial = json.loads(record_path.read_text())
+        assert trial["CORE metric"] == after["CORE metric"] and trial["val bpb"] == after["val bpb"]
+        assert (log.read_text(), table.read_text()) == whole
+    base_eval.main(base_eval.Config(eval="core", max_per_task=5, device_type="cpu"))
+    assert log.read_text().count("\n") == json.loads(record_path.read_text())["covers"]["CORE examples"] > num
 
 
 def test_base_eval_refuses_a_split_of_less_than_a_step(run_here):

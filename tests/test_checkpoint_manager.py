@@ -227,6 +227,14 @@ def test_missing_things_are_one_line(tiny_run, model):
         cm.locate("base", "d2", 5)
 
 
+@pytest.mark.parametrize("tag", ["../../evil", "/tmp/evil", "a/b", "a\\b", "..", ".x", "a\nb", "x" * 101])
+def test_a_tag_is_the_name_of_one_folder(tiny_run, model, tag):
+    save(tiny_run, model)
+    with pytest.raises(UserError, match="is no model tag, which names a folder in"):
+        cm.locate("base", tag)
+    assert cm.model_dir("sft", "d4-v1.2 b=c") == tiny_run / "chatsft_checkpoints" / "d4-v1.2 b=c"
+
+
 def test_a_tokenizer_of_another_size_is_refused(tiny_run):
     other = GPT(GPTConfig.modern(**{**SIZES, "vocab_size": 300}))
     other.init_weights()

@@ -172,6 +172,18 @@ def test_one_process_holds_a_folder_until_it_ends(tmp_path):
         pass
 
 
+def test_a_folder_that_was_held_for_nothing_is_not_left(tmp_path):
+    folder = tmp_path / "stage" / "tag"
+    with common.exclusive(folder):
+        assert folder.is_dir()
+    assert not folder.parent.exists() and tmp_path.exists()
+    with common.exclusive(folder):
+        (folder / "model.pt").touch()
+    with common.exclusive(folder):
+        pass
+    assert {path.name for path in folder.iterdir()} == {"lock", "model.pt"}
+
+
 def test_compute_dtype(monkeypatch):
     device = torch.device("cpu")
     monkeypatch.setenv("NANOCHAT_DTYPE", "float32")

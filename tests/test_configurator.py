@@ -90,6 +90,20 @@ def test_words_without_a_flag_are_taken_for_a_prompt_where_there_is_one(argv, tm
     assert parse(Talk, [str(preset)]).prompt == "hi"
 
 
+def test_a_variable_of_the_environment_is_the_default_of_its_option(monkeypatch, capsys):
+    from scripts import base_train, chat_sft
+
+    for config in (base_train.Config, chat_sft.Config):
+        assert config().run == "dummy"
+        monkeypatch.setenv("WANDB_RUN", "jan")
+        assert config().run == parse(config, []).run == "jan"
+        assert parse(config, ["--run=dummy"]).run == "dummy"
+        with pytest.raises(SystemExit):
+            parse(config, ["--help"])
+        assert "(default: jan)" in capsys.readouterr().out
+        monkeypatch.delenv("WANDB_RUN")
+
+
 def test_required_options():
     assert parse(Needy, ["-i", "sft"]).source == "sft"
     with pytest.raises(UserError, match="--source must be given"):

@@ -151,10 +151,9 @@ def test_batched_evaluation_equals_one_example_at_a_time(model, bundle):
     assert metric == pytest.approx(sum(centred) / len(centred), abs=1e-6)
 
 
-def test_one_example_is_one_line_of_the_log_and_intervals_hold_the_score(model, bundle, tmp_path):
-    log = tmp_path / "examples.jsonl"
-    outcome = evaluate_core(model, Tokenizer(), make_world(), bundle=bundle, examples_log=log)
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+def test_one_example_is_one_line_of_the_log_and_intervals_hold_the_score(model, bundle):
+    outcome = evaluate_core(model, Tokenizer(), make_world(), bundle=bundle)
+    lines = [json.loads(line) for line in outcome["examples"]]
     assert len(lines) == sum(len(o.correct) for o in outcome["outcomes"].values())
     for label, accuracy in outcome["results"].items():
         own = [line for line in lines if line["task"] == label]

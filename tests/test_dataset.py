@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nanochat import dataset
-from nanochat.common import UserError
+from nanochat.common import UserError, remember_data_source
 from nanochat.dataset import list_parquet_files, parquets_iter_batched, split_files
 from tests.toy_data import write_shard
 
@@ -85,6 +85,18 @@ def test_the_source_decides_about_the_folder(base, monkeypatch):
     with pytest.raises(UserError, match="use climbmix, fineweb-edu, tinyworld, or import text"):
         dataset.data_folders()
     assert not (base / "base_data").exists()
+
+
+def test_a_set_that_is_asked_for_beats_what_the_folder_remembers(base, monkeypatch):
+    remember_data_source("tinyworld")
+    assert dataset.data_folders() == [base / "tinyworld" / "base_data"]
+    write_shard(base / "imported_data" / "mine" / "a.parquet", [["x"]])
+    monkeypatch.setenv("NANOCHAT_DATASET", "mine")
+    assert dataset.data_folders() == [base / "imported_data" / "mine"]
+    for wrong, problem in (("foo", "'foo' is unknown"), ("climbmix:abc", "'abc' is no positive number")):
+        monkeypatch.setenv("NANOCHAT_DATASET", wrong)
+        with pytest.raises(UserError, match=problem):
+            dataset.data_folders()
 
 
 # --- mixtures ----------------------------------------------------------------------------------------

@@ -155,8 +155,8 @@ def test_a_run_moves_the_margin_of_held_out_pairs_and_resumes_bit_for_bit(tiny_r
         "lora_rank": lora_rank,
         "init_lr_frac": 1.0,
         "save_every": 3,
-        "lora_lr": 0.2,
     }
+    flags |= {"lora_lr": 0.2} if lora_rank else {}
     run_here("chat_dpo", **flags)
     directory = tiny_run / "chatdpo_checkpoints" / "t"
     straight, story = weights(directory), held_out(directory)

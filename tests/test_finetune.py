@@ -178,8 +178,20 @@ def test_your_own_conversations_are_mixed_in_or_are_all_there_is(tiny_run, recei
     assert counted and int(counted[1].replace(",", "")) > 1000
     with pytest.raises(UserError, match=r"nowhere\.jsonl does not exist, here or in"):
         run_here(stage, **flags, extra_data="nowhere.jsonl")
+    with pytest.raises(UserError, match=r"base is a folder; --extra-data names files"):
+        run_here(stage, **flags, extra_data=str(tiny_run))
     with pytest.raises(UserError, match="--only-extra-data needs files"):
         run_here(stage, **flags, only_extra_data=True)
+
+
+@pytest.mark.parametrize("flag", ["model_tag", "output_tag"])
+def test_nothing_is_read_or_written_outside_the_folder_of_the_stage(tiny_run, flag):
+    run_here("base_train", num_iterations=1, eval_every=-1)
+    with pytest.raises(UserError, match=r"evil' is no model tag"):
+        run_here("mid_train", **{flag: "../../evil"})
+    with pytest.raises(UserError, match=r"evil' is no model tag"):
+        run_here("base_train", model_tag="../../evil")
+    assert not (tiny_run.parent / "evil").exists()
 
 
 def test_counting_the_steps_says_so_and_comes_after_what_is_wrong_with_the_schedule(tiny_run, capsys):

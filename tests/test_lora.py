@@ -7,8 +7,10 @@ import torch
 
 from nanochat.checkpoint_manager import Checkpoint, list_steps
 from nanochat.common import UserError
+from nanochat.configurator import parse
 from nanochat.lora import Adapter, AdapterOptimizer, add_adapters, merge_adapters
 from nanochat.metrics import read_metrics
+from scripts.chat_sft import Config
 from tests.toy_data import make_world
 from tests.toy_model import random_model
 from tests.training import run_here, weights
@@ -115,6 +117,13 @@ def test_ranks_that_make_no_sense_are_refused():
         add_adapters(random_model(), -1, 8.0)
     with pytest.raises(UserError, match="as large as the matrices"):
         add_adapters(random_model(), 1000, 8.0)
+
+
+@pytest.mark.parametrize("flag", ["--lora-alpha=8", "--lora-lr=0.1"])
+def test_settings_of_adapters_need_a_rank(flag):
+    with pytest.raises(UserError, match=f"{flag.split('=')[0]} changes nothing without --lora-rank"):
+        parse(Config, [flag])
+    assert parse(Config, [flag, "--lora-rank=2"]).lora_rank == 2
 
 
 def test_a_run_resumes_bit_for_bit_and_later_stages_take_its_model(tiny_run):

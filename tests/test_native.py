@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from nanochat.common import UserError
 from nanochat.native import load_library
 
 load = load_library.__wrapped__  # not remembered
@@ -19,6 +20,12 @@ def test_it_can_be_switched_off_and_missed(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert load("cpu_decode") is None
     assert not list(tmp_path.iterdir())
+
+
+def test_another_value_than_auto_and_off_is_an_error(monkeypatch):
+    monkeypatch.setenv("NANOCHAT_KERNELS", "foo")
+    with pytest.raises(UserError, match="NANOCHAT_KERNELS='foo' is unknown; use auto or off"):
+        load("cpu_decode")
 
 
 def test_a_compiler_that_fails_is_done_without(monkeypatch, tmp_path):

@@ -143,6 +143,20 @@ def test_it_stops_at_the_first_error_and_resumes_there(tmp_path, journal):
     assert lines(journal)[3:] == ["base --fail --resume=auto", "eval"]
 
 
+def test_a_stage_that_failed_before_it_saved_does_not_go_on_with_an_earlier_model(tmp_path, journal):
+    failing = stage("base", "--fail", resumable=True, output="base_checkpoints/d4")
+    earlier = tmp_path / "base_checkpoints" / "d4" / "meta_000007.json"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("{}")
+    for _ in range(2):
+        with pytest.raises(StageFailed):
+            run(tmp_path, plan(failing))
+    earlier.with_name("meta_000002.json").write_text("{}")  # as it would have, had it begun
+    with pytest.raises(StageFailed):
+        run(tmp_path, plan(failing))
+    assert [line.split("=")[1] for line in lines(journal)] == ["never", "never", "auto"]
+
+
 def test_an_interrupted_stage_is_not_resumed_when_its_input_changed(tmp_path, journal):
     failing = stage("base", "--fail", needs=("tok",), resumable=True)
     with pytest.raises(StageFailed):

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat import dataset, text_import
-from nanochat.common import UserError, read_json
+from nanochat.common import UserError, read_json, remember_data_source
 from nanochat.manifests import imported_set
 from nanochat.text_import import Config, find_files, import_text, read_documents, write_shards
 from tests.toy_data import damage_row_group, write_shard
@@ -75,6 +75,17 @@ def test_every_document_of_every_kind_of_file_is_there_once(tmp_path, base, caps
     assert "300 documents" in capsys.readouterr().out
     with pytest.raises(UserError, match="exists already"):
         import_text(Config(name="mine", files=str(tmp_path / "src")))
+
+
+def test_what_was_imported_is_used_in_a_folder_that_remembers_other_data(tmp_path, base, monkeypatch, capsys):
+    remember_data_source("tinyworld")
+    monkeypatch.setenv("NANOCHAT_DATA", "tinyworld")
+    (tmp_path / "two.jsonl").write_text(json_lines(["a", "b"]))
+    import_text(Config(name="mine", files=str(tmp_path / "two.jsonl")))
+    hint = "to use: NANOCHAT_DATASET=mine python -m scripts.base_train, without NANOCHAT_DATA=tinyworld\n"
+    assert hint in capsys.readouterr().out
+    monkeypatch.delenv("NANOCHAT_DATA")
+    assert sorted(stored("train") + stored("val")) == ["a", "b"]
 
 
 def test_the_same_seed_gives_the_same_shards(tmp_path):
@@ -150,7 +161,11 @@ def test_another_field_and_lone_surrogates(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl:2: not valid JSON"),
         ("a.jsonl", b'{"text": "x"}\n\n{"body": "y"}\n', r"a\.jsonl:3: no text under 'text', but keys body"),
         ("a.jsonl", b"[1]\n", r"a\.jsonl:1: no text under 'text', but a list"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', r"a\.jsonl: not UTF-8 after line"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": null}\n', r"a\.jsonl:2: no text under 'text', but null"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', r"a\.jsonl:2: not UTF-8: invalid start byte"),
+        ("a.jsonl", b'{"text": "x"}\r\n' * 4000 + b"\xff", r"a\.jsonl:4001: not UTF-8"),
+        ("a.txt", b"two\nlines of \xc3\xa9\n" * 3000 + b"\xc3(", r"a\.txt:6001: not UTF-8"),
+        ("a.md.gz", gzip.compress(b"x" * 20_000 + b"\n\xff"), r"a\.md\.gz:2: not UTF-8"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9000)[:-20], r"a\.jsonl\.gz: damaged after line"),
         ("a.parquet", b"PAR1 nonsense", r"cannot read .*a\.parquet"),
         ("a.csv", b"text", r"a\.csv is none of \.parquet, \.jsonl"),

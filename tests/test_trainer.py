@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import time
@@ -46,6 +47,31 @@ def test_base_training_learns_and_records(tiny_run, arch):
     summary = json.loads((directory / "run_summary.json").read_text())
     assert summary["num_iterations"] == 30 and summary["tokens_trained"] == 30 * 512
     assert summary["val_bpb"] == pytest.approx(Checkpoint.open(directory, 30).meta["val_bpb"])
+
+
+def test_a_slow_first_step_counts_as_time_but_not_for_the_time_left(tiny_run, monkeypatch, capsys):
+    """The loader of each step takes as long as said here; the status line shows every step."""
+    from nanochat.dataloader import PretrainLoader
+    from nanochat.metrics import StatusLine
+
+    following, sleeps = PretrainLoader.__next__, iter([3.0, *[0.0] * 7])
+
+    def slow_at_first(self):
+        time.sleep(next(sleeps))
+        return following(self)
+
+    monkeypatch.setattr(PretrainLoader, "__next__", slow_at_first)
+    monkeypatch.setattr(StatusLine, "show", lambda self, text, final=False: print(text))
+    run_here("base_train", num_iterations=2, total_batch_size=128, eval_every=-1)
+    shown = capsys.readouterr().out
+    assert re.search(r"step 00001/00002 .* [3-9]s left\n", shown)
+    assert re.search(r"2 steps, 256 tokens in [3-9]s\n", shown)
+    sleeps = iter([3.0, *[0.0] * 7])
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)  # which is what takes the time
+    flags = {"num_iterations": 3, "total_batch_size": 128, "eval_every": -1, "resume": "never"}
+    run_here("base_train", compile="on", **flags)
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 0000")]
+    assert ["left" in line for line in shown] == [False, True, True] and re.search("[012]s left$", shown[1])
 
 
 @pytest.mark.parametrize("stage", ["base_train", "mid_train", "chat_sft"])
@@ -173,7 +199,9 @@ def test_other_settings_do_not_continue_a_run(tiny_run):
     run_here("base_train")
     with pytest.raises(UserError, match=r"num_steps 6, not 8.*--resume=never"):
         run_here("base_train", num_iterations=8)
-    with pytest.raises(UserError, match="not the one that the flags describe: n_layer 2 instead of 3"):
+    with pytest.raises(
+        UserError, match=r"flags describe: n_layer 2 instead of 3.*; .*--model-tag=NAME.*--resume=never"
+    ):
         run_here("base_train", depth=3)
     with pytest.raises(UserError, match=r"--resume=5 cannot be done: .*meta_000005.json does not exist"):
         run_here("base_train", resume="5")
@@ -212,6 +240,39 @@ def test_going_back_leaves_nothing_of_the_other_branch(tiny_run, capsys):
         f"deleting the checkpoints of an earlier run in {directory}: steps [4, 6]" in capsys.readouterr().out
     )
     assert list_steps(directory) == [2, 6]
+
+
+def test_starting_over_deletes_nothing_before_the_first_step(tiny_run, monkeypatch, capsys):
+    def left() -> list[tuple[str, int]]:
+        return sorted((str(path), path.stat().st_mtime_ns) for path in tiny_run.glob("*_checkpoints/t/*0*.*"))
+
+    for stage in ("base_train", "mid_train"):
+        run_here(stage, num_iterations=2, eval_every=-1)
+    before, stories = left(), [losses(tiny_run / f"{stage}_checkpoints" / "t") for stage in ("base", "mid")]
+    assert len(before) == 6
+    with pytest.raises(UserError, match=r"/nope does not exist"):
+        run_here("mid_train", resume="never", extra_data="/nope")
+    for stage in ("base_train", "mid_train"):
+        with pytest.raises(UserError, match="not a multiple"):
+            run_here(stage, resume="never", total_batch_size=50)
+    monkeypatch.setattr("nanochat.loss_eval.evaluate_bpb", lambda *_: 1 / 0)  # that of before the first step
+    with pytest.raises(ZeroDivisionError):
+        run_here("base_train", resume="never")
+    assert left() == before
+    assert [losses(tiny_run / f"{stage}_checkpoints" / "t") for stage in ("base", "mid")] == stories
+    assert "deleting" not in capsys.readouterr().out
+    run_here("base_train", resume="never", num_iterations=1, eval_every=-1)
+    assert list_steps(tiny_run / "base_checkpoints" / "t") == [1]
+    assert len(losses(tiny_run / "base_checkpoints" / "t")) == 1
+    assert "deleting the checkpoints of an earlier run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [{"resume": "3"}, {"total_batch_size": 500}, {"eval_every": 1}])
+def test_a_start_that_fails_leaves_no_folder(tiny_run, monkeypatch, flags):
+    monkeypatch.setattr("nanochat.loss_eval.evaluate_bpb", lambda *_: 1 / 0)
+    with pytest.raises((UserError, ZeroDivisionError)):
+        run_here("base_train", **flags)
+    assert not (tiny_run / "base_checkpoints").exists()
 
 
 def test_an_evaluation_that_fails_loses_nothing(tiny_run, monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nanochat.checkpoint_manager import list_steps, save_checkpoint, stage_dir
+from nanochat.checkpoint_manager import list_steps, model_dir, save_checkpoint
 from nanochat.common import UserError, print0
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer, Vocabulary
@@ -50,7 +50,7 @@ def save_as_checkpoint(imported: Imported, stage: str, tag: str, step: int, orig
 
     Raises UserError if the folder already holds checkpoints.
     """
-    directory = stage_dir(stage) / tag
+    directory = model_dir(stage, tag)
     if step < 0:
         raise UserError(f"--step={step} must be at least 0")
     if list_steps(directory):
