@@ -127,8 +127,10 @@ class _Steps:
         synchronize(self.world.device)
         seconds = time.perf_counter() - started
         state.step += 1
-        state.total_training_time += seconds
-        if state.step - self.run.first_step > 1:
+        is_first = state.step - self.run.first_step == 1
+        if not (is_first and self.plan.compile):  # compiling, which every resumption repeats, is not training
+            state.total_training_time += seconds
+        if not is_first:
             self.later_seconds += seconds
         if math.isfinite(loss):
             state.smooth_loss += 0.1 * (loss - state.smooth_loss) if state.step > 1 else loss
