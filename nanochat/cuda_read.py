@@ -142,7 +142,8 @@ class PromptReader:
         window: int,
         slots: int,
     ) -> Tensor:
-        config, out = self._model.config, torch.empty_like(queries)
+        # Zeros for the tokens of the padding, which are in no tile: what is not a number would be kept on page 0.
+        config, out = self._model.config, torch.zeros_like(queries)
         self._network.kernels.attend_prompt[len(tiles), config.n_head](
             queries, keys, values, pages, tiles, out, pages.stride(0), keys.stride(1), slots, window,
             LOG2_E / config.head_dim**0.5, HEADS=config.n_head, GROUP=config.n_head // config.n_kv_head,
