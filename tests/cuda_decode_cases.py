@@ -148,7 +148,9 @@ def test_prompts(architecture, kv_heads):
         spans = [rng.choices(range(64), k=count) for count in chunks]
         torch.testing.assert_close(ours.read(0, spans), theirs.read(0, spans), atol=3e-5, rtol=0)
     for pages in ours.pool.keys + ours.pool.values:
-        assert torch.isfinite(pages[0]).all()  # where the padding is, which PyTorch reads with a weight of zero
+        assert torch.isfinite(
+            pages[0]
+        ).all()  # where the padding is, which PyTorch reads with a weight of zero
     spans = [rng.choices(range(64), k=count) for count in (3, 1)]
     torch.testing.assert_close(ours.read(1, spans), theirs.read(1, spans), atol=3e-5, rtol=0)
     for _ in range(2):
