@@ -98,7 +98,7 @@ def whole_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     encoding = None if "b" in mode else "utf-8"
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, usual_mode())
         with os.fdopen(handle, mode, encoding=encoding) as file:
             yield file
             file.flush()
@@ -112,10 +112,11 @@ def whole_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         raise
 
 
-def _umask() -> int:
+def usual_mode() -> int:
+    """The permissions that a new file has here; temporary files have less, and keep it when they are renamed."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    return 0o666 & ~mask
 
 
 def write_json(path: str | Path, value: object) -> None:
