@@ -96,7 +96,10 @@ def whole_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     except OSError as error:
         raise UserError(f"cannot create {path.parent}: {error.strerror}") from None
     encoding = None if "b" in mode else "utf-8"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
     try:
         os.chmod(temporary, usual_mode())
         with os.fdopen(handle, mode, encoding=encoding) as file:
@@ -127,11 +130,13 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def read_json(path: str | Path) -> dict:
-    """Read a JSON object; a missing or broken file is a UserError that names it."""
+    """Read a JSON object; a missing, unreadable or broken file is a UserError that names it."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):

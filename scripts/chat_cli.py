@@ -243,6 +243,8 @@ def _check_settings(
 def _reader(history: str) -> Callable[[str], str]:
     """Line input with editing, history and Tab where there is a terminal and the library, else input()."""
     if sys.stdin.isatty() and sys.stdout.isatty():
+        if history:
+            _check_history(history)
         try:
             from prompt_toolkit import PromptSession
             from prompt_toolkit.completion import WordCompleter
@@ -253,6 +255,13 @@ def _reader(history: str) -> Callable[[str], str]:
         past = FileHistory(history) if history else InMemoryHistory()
         return PromptSession(history=past, completer=commands, complete_while_typing=False).prompt
     return input
+
+
+def _check_history(path: str) -> None:
+    try:
+        open(path, "ab").close()  # as every line that is typed will be added
+    except OSError as error:
+        raise UserError(f"--history={path}: {error.strerror}; name a file in a folder that exists") from None
 
 
 # --- one answer --------------------------------------------------------------------------------------
@@ -352,6 +361,7 @@ def main(cfg: Config) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not end the answer
+    read = input if question else _reader(cfg.history)
     chat = _connect(cfg) if cfg.url else _load(cfg)
     color = cfg.color and "NO_COLOR" not in os.environ
     if question:
@@ -363,7 +373,7 @@ def main(cfg: Config) -> None:
             sys.exit(141)  # 128 + SIGPIPE, as of programs that the signal ends
     print("nanochat: /help lists the commands, /quit leaves, Ctrl-C stops an answer", file=sys.stderr)
     color = color and sys.stdout.isatty()
-    Terminal(chat, _reader(cfg.history), _display(cfg, color), cfg.stats).loop()
+    Terminal(chat, read, _display(cfg, color), cfg.stats).loop()
 
 
 def _display(cfg: Config, color: bool) -> Display:

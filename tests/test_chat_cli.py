@@ -255,6 +255,16 @@ def test_save_and_load(tmp_path, capsys):
     assert "of 512 tokens" in err
 
 
+def test_files_that_cannot_be_used_lose_no_conversation(tmp_path, capsys):
+    chat, file = replying({"a": ["A"], "b": ["B"]}), tmp_path / "file"
+    file.touch()
+    wrong = [f"/{name} {path}" for name in ("load", "save") for path in (tmp_path, file / "below")]
+    session(chat, "a", *wrong, f"/save {'x' * 300}", "b")
+    assert [m["content"] for m in chat.messages] == ["a", "A", "b", "B"]
+    err = capsys.readouterr().err
+    assert err.count("error: cannot") == 5 and "Is a directory" in err, err
+
+
 def test_several_lines_and_escaped_slashes():
     chat = replying({"a\nb": ["1"], "c\n\nd": ["2"], "/x": ["3"], "d": ["2"]})
     text = session(chat, "a\\", "b", '"""c', "", 'd"""', "//x", '"""d"""')

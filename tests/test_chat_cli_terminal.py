@@ -136,6 +136,17 @@ def test_editing_history_multi_byte_and_commands(server: Served, tmp_path):
         screen.ask("\x1b[A" * 5 + "\r", "1:\u6f22\u5b57")  # the fifth line back; the first is /quit
 
 
+@pytest.mark.parametrize("history", [".", "none/typed"])
+def test_a_history_that_cannot_be_kept_is_one_line(tmp_path, history: str):
+    screen = Terminal("--url=http://127.0.0.1:9", f"--history={tmp_path / history}")
+    try:
+        seen = screen.read_until("in a folder that exists")
+        assert seen.startswith(f"error: --history={tmp_path}") and screen.leave("") == 2
+    finally:
+        screen.process.kill()
+        os.close(screen.master)
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_program(server: Served):
     with terminal(server) as screen:
         server.model.pause_s = 0.02
