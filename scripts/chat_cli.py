@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 HELP = """\
 /clear               forget the conversation          /retry   answer the last question again
-/undo                take back the last exchange      /system TEXT   instructions for the model
-/temperature X, /topk N, /topp X, /maxtokens N, /seed N   show or set (0 = off, to the end, random)
+/undo                take back the last exchange      /system TEXT   instructions; /system off: none
+/temperature X, /topk N, /topp X, /maxtokens N, /seed N   show or set; /topk 0 and /topp 1 are off,
+                     /maxtokens 0 is to the end of the context, /seed 0 another seed each time
 /save FILE, /load FILE   the conversation as JSON     /tokens  how much of the context is used
 /stats               speed of each answer on or off   /quit    leave (so do quit, exit, Ctrl-D)
 End a line with \\ to continue it, or write \"\"\" before and after several lines. Ctrl-C stops an answer."""
@@ -47,8 +48,8 @@ class Config(WhichWeights):
     prompt: str = option("", "answer this, print the answer on stdout, and exit", short="p")
     temperature: float = option(0.6, "0 is greedy", short="t", least=0)
     top_k: int = option(50, "sample among this many tokens; 0 = all", short="k", least=0)
-    max_tokens: int = option(512, "longest answer; 0 = to the end of the context", short="m", least=1)
-    top_p: float = option(1.0, "sample among the likeliest tokens of this total probability")
+    max_tokens: int = option(512, "longest answer; 0 = to the end of the context", short="m", least=0)
+    top_p: float = option(1.0, "sample among the likeliest tokens of this total probability; 1 = all")
     seed: int | None = option(None, "makes answers repeatable; default: random")
     system: str = option("", "instructions put before the first message")
     color: bool = option(True, "tool calls in grey, on a terminal")
@@ -176,7 +177,8 @@ class Terminal:
             else:
                 self._say(f"taken back: {question}")
         elif name == "system":
-            chat.system = argument or chat.system
+            if argument:
+                chat.system = "" if argument.lower() == "off" else argument
             self._say(f"system: {chat.system or '(none)'}")
         elif name == "save":
             write_json(_file(argument), {"system": chat.system, "messages": chat.messages})
@@ -212,7 +214,9 @@ def _read_conversation(path: str) -> tuple[str, list[dict]]:
 
     stored = read_json(path)
     try:
-        system, messages = str(stored.get("system", "")), list(stored["messages"])
+        system, messages = stored.get("system") or "", list(stored["messages"])
+        if not isinstance(system, str):
+            raise ValueError("its system is not text")
         if messages:
             checked_messages({"messages": messages})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -232,7 +236,7 @@ def _check_settings(
     wrong = {
         f"temperature {temperature} must be at least 0": not 0 <= temperature < float("inf"),
         f"top-k {top_k} must be at least 0": top_k < 0,
-        f"top-p {top_p} must be above 0 and at most 1": not 0 < top_p <= 1,
+        f"top-p {top_p} must be above 0 and at most 1, which is off": not 0 < top_p <= 1,
         f"max-tokens {max_tokens} must be at least 0": max_tokens < 0,
     }
     for text, is_wrong in wrong.items():

@@ -15,8 +15,9 @@ import torch
 
 from nanochat.chat import Chat
 from nanochat.common import UserError
+from nanochat.configurator import parse
 from nanochat.engine import Engine
-from scripts.chat_cli import Screen, Terminal, answer_once
+from scripts.chat_cli import Config, Screen, Terminal, answer_once
 from tests.toy_model import ByteTokenizer, ScriptedModel
 
 torch.set_num_threads(1)
@@ -139,7 +140,7 @@ def test_length_limit_and_summary():
     reply = chat.answer("q", lambda *_: None, print)
     assert (reply.text, reply.finish_reason, reply.completion_tokens) == ("abc", "length", 3)
     assert "3 tokens" in reply.summary(512) and "/512; length" in reply.summary(512)
-    chat.max_tokens = 0
+    chat.max_tokens = parse(Config, ["--max-tokens=0"]).max_tokens
     assert chat.answer("q", lambda *_: None, print).finish_reason == "stop"
 
 
@@ -226,6 +227,9 @@ def test_settings(capsys):
     )
     assert (chat.temperature, chat.top_k, chat.top_p, chat.max_tokens, chat.seed) == (0.9, 0, 0.5, 9, 3)
     assert chat.system == "Be brief." and "topk: 0" in capsys.readouterr().err
+    session(chat, "/system", "/system off", "/maxtokens 0", "/topp 1", "/seed 0")
+    assert (chat.system, chat.max_tokens, chat.top_p, chat.seed) == ("", 0, 1, None)
+    assert "system: Be brief.\nsystem: (none)\n" in capsys.readouterr().err
     before = replace(chat)
     session(
         chat,
@@ -253,6 +257,12 @@ def test_save_and_load(tmp_path, capsys):
     err = capsys.readouterr().err
     assert "is not a saved conversation" in err and err.count("error:") == 3 and len(chat.messages) == 4
     assert "of 512 tokens" in err
+    path.write_text('{"system": null, "messages": []}')
+    session(chat, f"/load {path}")
+    assert (chat.system, chat.messages) == ("", [])
+    path.write_text('{"system": 5, "messages": []}')
+    session(chat, f"/load {path}")
+    assert "its system is not text" in capsys.readouterr().err
 
 
 def test_files_that_cannot_be_used_lose_no_conversation(tmp_path, capsys):

@@ -166,7 +166,7 @@ def test_slashes_and_settings(page):
     assert body["temperature"] == 1.5 and body["top_k"] == 0 and "max_tokens" not in body
     finished(page, 1)
     for line, answer in {
-        "/temperature": "Temperature: 1.5", "/system be brief": "be brief", "/seed random": "Seed: random",
+        "/temperature": "Temperature: 1.5", "/system be brief": "be brief", "/system off": "prompt: \u2013", "/seed random": "Seed: random",
         "/topp 7": "from 0.01 to 1", "/help": "/maxtokens N", "/stats": "tok/s",
     }.items():  # fmt: skip
         say(page, line)

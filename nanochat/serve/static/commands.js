@@ -39,7 +39,7 @@ function setNumber(settings, name, text) {
 }
 
 function setSystem(settings, text) {
-  if (text) settings.set("system", text);
+  if (text) settings.set("system", text.trim().toLowerCase() === "off" ? "" : text);
   remark(t("valueIs", t("system"), settings.get("system") || "\u2013"));
 }
 

@@ -44,7 +44,7 @@ const EN = {
   unknownCommand: (name) => `/${name} is not a command; /help lists them. Start with // to send a slash.`,
   badValue: (name, low, high) => `/${name} takes a number from ${low} to ${high}.`,
   valueIs: (name, value) => `${name}: ${value}`,
-  help: "/temperature X  /topk N  /topp X  /maxtokens N  /seed N  /system TEXT: show or change a setting\n"
+  help: "/temperature X  /topk N  /topp X  /maxtokens N  /seed N  /system TEXT: show or change a setting; /system off: no text\n"
     + "/new, /clear: new conversation   /retry: another answer   /undo: take back the last exchange\n"
     + "/export: save as Markdown, /export json: to import again   /stats: about the last answer   //text: send text that starts with a slash",
   noStats: "No answer yet.",
@@ -88,7 +88,7 @@ const ZH = {
   unknownCommand: (name) => `没有 /${name} 这个命令；/help 查看全部。以 // 开头可发送斜杠。`,
   badValue: (name, low, high) => `/${name} 需要 ${low} 到 ${high} 之间的数。`,
   valueIs: (name, value) => `${name}：${value}`,
-  help: "/temperature X  /topk N  /topp X  /maxtokens N  /seed N  /system 文本：查看或修改设置\n"
+  help: "/temperature X  /topk N  /topp X  /maxtokens N  /seed N  /system 文本：查看或修改设置；/system off：清空\n"
     + "/new、/clear：新对话   /retry：再答一次   /undo：撤回上一轮\n"
     + "/export：存为 Markdown，/export json：可再导入   /stats：上一个回答的数据   //文本：发送以斜杠开头的文本",
   noStats: "还没有回答。",
