@@ -18,7 +18,10 @@ import pytest
 import torch
 
 from nanochat.checkpoint_manager import save_checkpoint
+from nanochat.common import UserError
+from nanochat.configurator import parse
 from nanochat.gpt import GPT, GPTConfig
+from scripts.chat_web import Config, settings_of
 from tests.serving import byte_tokenizer
 
 
@@ -141,3 +144,20 @@ def test_files_that_cannot_be_used_are_one_clear_line(tmp_path, flag, problem):
 def test_defaults_beyond_the_limits_are_refused(tmp_path):
     result = run_script(tmp_path, "--port=0", "--temperature=3")
     assert result.returncode == 2 and "--temperature=3.0 is out of range" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "problem"),
+    [
+        ("--max-queue=-1", "at least 0"), ("--queue-timeout=-1", "at least 0"),
+        ("--request-timeout=0", "at least 1"), ("--session-ttl=0", "at least 1"),
+        ("--max-sessions=-3", "at least 1"), ("--root-path=foo", "write it like /llm"),
+        ("--root-path=/foo/", "write it like /llm"), ("--root-path=/", "write it like /llm"),
+    ],
+)  # fmt: skip
+def test_flags_that_make_no_sense_are_refused(flag, problem):
+    with pytest.raises(UserError, match=f"{flag.partition('=')[0]}.*{problem}"):
+        settings_of(parse(Config, [flag]))
+    assert (
+        settings_of(parse(Config, ["--max-queue=0", "--queue-timeout=0", "--root-path=/a/b"])).max_queue == 0
+    )
