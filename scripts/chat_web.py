@@ -227,7 +227,7 @@ def start_models(cfg: Config) -> Launcher:
     count = cfg.num_gpus or count_gpus()
     check("--num-gpus", count, 1, 1024)
     load = functools.partial(
-        load_replica, source=cfg.source, device_type=cfg.device_type, model_tag=cfg.model_tag, step=cfg.step,
+        load_replica, count=count, source=cfg.source, device_type=cfg.device_type, model_tag=cfg.model_tag, step=cfg.step,
         python_tool=cfg.python_tool, max_batch=cfg.max_batch, quantized=cfg.quantize,
     )  # fmt: skip
     return Launcher(load, count)

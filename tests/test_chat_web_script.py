@@ -46,6 +46,12 @@ def test_a_missing_checkpoint_is_one_clear_line(tmp_path):
     assert result.stderr.startswith("error: no checkpoint below ") and result.stderr.count("\n") == 1
 
 
+def test_more_replicas_than_gpus_are_one_clear_line(tmp_path):
+    result = run_script(tmp_path, "--port=0", "--device-type=cpu", "--num-gpus=3")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: --num-gpus=3, but"), result.stderr
+
+
 @contextmanager
 def started(tmp_path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The script as people start it, over a small random model, and its address."""
