@@ -107,6 +107,25 @@ def test_failures_are_shown_and_can_be_retried(page, server: Served):
     assert finished(page, 1) == "Hello a \U0001f600"
 
 
+@pytest.mark.parametrize("transport", ["sse", "websocket"])
+def test_a_server_that_is_gone_is_said_in_words(browser, transport):
+    with browser.new_context() as context:
+        with served(lambda i: scripted_replica(script), Settings(defaults=GREEDY), pause_s=0.05) as going:
+            page = context.new_page()
+            page.goto(going.url)
+            page.wait_for_selector("#model:not(:empty)", state="attached")
+            with settings(page):
+                page.select_option("#setting-transport", transport)
+            say(page, "long")
+            page.wait_for_function("() => document.querySelector('.answer')?.textContent.length > 4")
+        finished(page, 1)
+        assert "broke before the answer was complete" in page.inner_text(".failure")
+        say(page, "a")
+        finished(page, 2)
+        assert "The server cannot be reached. Look whether" in page.inner_text(".failure >> nth=1")
+        assert page.inner_text("#notice") == "The server cannot be reached. Trying again \u2026"
+
+
 def test_addresses_and_a_second_tab(one_page, server: Served):
     page = one_page
     say(page, "first")
