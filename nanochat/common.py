@@ -124,9 +124,9 @@ def usual_mode() -> int:
 
 def write_json(path: str | Path, value: object) -> None:
     """Write value as indented UTF-8 JSON, whole or not at all."""
-    with whole_file(path, "w") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with whole_file(path) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))  # a lone surrogate becomes its escape in JSON
 
 
 def read_json(path: str | Path) -> dict:

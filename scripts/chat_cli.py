@@ -120,7 +120,7 @@ class Terminal:
                 self._say("Ctrl-C again or /quit leaves")
                 continue
             interrupted = False
-            if line.lower() in ("quit", "exit", "/quit", "/exit"):
+            if line.lower() in ("quit", "exit") or line.lower().split()[:1] in (["/quit"], ["/exit"]):
                 return
             try:
                 self._obey(line)
@@ -200,7 +200,8 @@ class Terminal:
             try:
                 value = kind(argument)
             except ValueError:
-                raise UserError(f"/{name} needs a number, not {argument!r}") from None
+                number = "a whole number" if kind is int else "a number"
+                raise UserError(f"/{name} needs {number}, not {argument!r}") from None
             _check_settings(**{attribute: value})
             setattr(self.chat, attribute, (value or None) if name == "seed" else value)
         self._say(f"{name}: {getattr(self.chat, attribute)}")
@@ -219,15 +220,17 @@ def _read_conversation(path: str) -> tuple[str, list[dict]]:
             raise ValueError("its system is not text")
         if messages:
             checked_messages({"messages": messages})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not a saved conversation: {error}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is not a saved conversation: /save writes it in another form") from None
     return system, messages
 
 
 def _file(argument: str) -> str:
     if not argument:
         raise UserError("a file name is missing")
-    return argument
+    return os.path.expanduser(argument)
 
 
 def _check_settings(

@@ -194,7 +194,7 @@ def test_ctrl_c_keeps_the_partial_answer():
 
 
 def test_leaving():
-    for last in ("quit", "EXIT", "/quit", EOFError):
+    for last in ("quit", "EXIT", "/quit", "/exit now", EOFError):
         assert session(replying({"q": ["hi"]}), "q", last, "q") == "Assistant: hi\n\n"
     assert session(
         replying({"q": ["hi"]}), KeyboardInterrupt, "q", KeyboardInterrupt, KeyboardInterrupt, "q"
@@ -234,6 +234,7 @@ def test_settings(capsys):
     session(
         chat,
         "/temperature hot",
+        "/topk 1.5",
         "/temperature -1",
         "/topp 0",
         "/topk -5",
@@ -243,7 +244,12 @@ def test_settings(capsys):
     )
     assert chat == before
     err = capsys.readouterr().err
-    assert err.count("error:") == 5 and "/nonsense is not a command" in err and "/retry" in err
+    assert (
+        err.count("error:") == 6
+        and "whole number, not '1.5'" in err
+        and "/nonsense is not a command" in err
+        and "/retry" in err
+    )
 
 
 def test_save_and_load(tmp_path, capsys):
@@ -263,6 +269,15 @@ def test_save_and_load(tmp_path, capsys):
     path.write_text('{"system": 5, "messages": []}')
     session(chat, f"/load {path}")
     assert "its system is not text" in capsys.readouterr().err
+    path.write_text('{"messages": [{"role": "user", "text": "of the page"}]}')
+    session(chat, f"/load {path}")
+    assert "is not a saved conversation: /save writes it in another form" in capsys.readouterr().err
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    session(replying({"a": ["A"]}), "a", "/save ~/talk.json")
+    assert os.listdir(tmp_path) == ["talk.json"]
 
 
 def test_files_that_cannot_be_used_lose_no_conversation(tmp_path, capsys):

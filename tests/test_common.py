@@ -80,6 +80,14 @@ def test_files_that_cannot_be_written_are_one_line(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_json_comes_back_whatever_its_text(tmp_path):
+    value = {
+        "text": "\u00e4\u6f22\U0001f600 \ud800 \udcff\n"
+    }  # lone surrogates: bytes typed that are no UTF-8
+    common.write_json(tmp_path / "x.json", value)
+    assert common.read_json(tmp_path / "x.json") == value
+
+
 def test_json_errors_name_the_file(tmp_path):
     (tmp_path / "file").touch()
     for name, reason in {"": "Is a directory", "file/below": "Not a directory"}.items():
