@@ -64,7 +64,9 @@ class Config(WhichWeights):
     history: str = option("", "file that keeps the lines you typed; default: they are forgotten at the end")
     url: str = option("", "ask the server there instead of loading a model, such as http://127.0.0.1:8000")
     api_key: str = option("", "key for --url (or NANOCHAT_API_KEYS)")
-    speculate: int = option(0, "tokens to guess ahead from the conversation; faster where answers repeat it")
+    speculate: int = option(
+        0, "tokens to guess ahead from the conversation; faster where answers repeat it", least=0
+    )
 
 
 @dataclass

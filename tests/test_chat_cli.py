@@ -367,6 +367,7 @@ def test_piped_text_is_one_question(base_dir):
     [
         (("-p", "x"), "no checkpoint"), ((), "standard input is empty"),
         (("-p", "x", "-t", "-1"), "temperature"), (("-p", "x", "--top-p=0"), "top-p"),
+        (("-p", "x", "--speculate=-1"), "at least 0"),
         (("-p", "x", "-i", "huge"), "source must be one of"),
     ],
 )  # fmt: skip

@@ -277,7 +277,9 @@ def test_ctrl_c_ends_a_single_answer_with_what_there_is(server: Served):
     ("arguments", "message"),
     [
         (("--url", "http://127.0.0.1:9"), "no server at http://127.0.0.1:9: Connection refused"),
-        (("--url", "nonsense"), "no server at nonsense"),
+        (("--url", "nonsense"), "no server at nonsense: this is no address such as http://127.0.0.1:8000;"),
+        (("--url", "127.0.0.1:8000"), "this is no address such as http://127.0.0.1:8000;"),
+        (("--url", "SERVER", f"--seed={2**70}"), "refuses (422): seed: Input should be less than"),
         (("--url", "SERVER", "-i", "sft"), "leave out --source"),
         (("--url", "SERVER", "-t", "9"), "temperature must be between"),
     ],
