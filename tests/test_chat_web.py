@@ -167,7 +167,7 @@ def test_slashes_and_settings(page):
     finished(page, 1)
     for line, answer in {
         "/temperature": "Temperature: 1.5", "/system be brief": "be brief", "/system off": "prompt: \u2013", "/seed random": "Seed: random",
-        "/topp 7": "from 0.01 to 1", "/help": "/maxtokens N", "/stats": "tok/s",
+        "/topp 7": "from 0.01 to 1", "/Help": "/maxtokens N", "/stats": "tok/s",
     }.items():  # fmt: skip
         say(page, line)
         assert answer in page.inner_text(".remark:last-of-type")

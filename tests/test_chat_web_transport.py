@@ -107,6 +107,23 @@ def test_failures_are_shown_and_can_be_retried(page, server: Served):
     assert finished(page, 1) == "Hello a \U0001f600"
 
 
+def test_a_refused_question_does_not_stop_the_conversation(browser, server: Served):
+    with browser.new_context() as context:
+        page = context.new_page()
+        page.goto(server.url)
+        page.wait_for_selector("#model:not(:empty)", state="attached")
+        for count, text in enumerate(["a", "y" * 8001], start=1):
+            say(page, text)
+            finished(page, count)
+        assert "longer than 8000 characters" in page.inner_text(".failure >> nth=1")
+        with page.expect_request("**/chat/completions") as sent:
+            page.click(".failure .retry")
+        assert len(sent.value.post_data_json["messages"][-1]["content"]) == 8001
+        finished(page, 2)
+        say(page, "b")
+        assert finished(page, 3).startswith("Hello b")
+
+
 @pytest.mark.parametrize("transport", ["sse", "websocket"])
 def test_a_server_that_is_gone_is_said_in_words(browser, transport):
     with browser.new_context() as context:

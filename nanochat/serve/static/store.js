@@ -164,8 +164,12 @@ function searchText(conversation) {
   return [conversation.title, ...conversation.messages.map(textOf)].join("\n").toLowerCase();
 }
 
-// The conversation as the server wants it.
-export const asMessages = (messages) => messages.map((message) => (
+const hasFailed = (message) => message?.role === "assistant" && answerOf(message).error && !answerOf(message).parts.length;
+
+// The conversation as the server wants it, without questions that only failed: a refused one would fail every later one.
+export const asMessages = (messages) => messages.filter(
+  (message, index) => !hasFailed(message) && !hasFailed(messages[index + 1]),
+).map((message) => (
   message.role === "user" ? { role: "user", content: message.content }
     : { role: "assistant", content: answerOf(message).parts }
 ));
