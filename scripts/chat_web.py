@@ -42,7 +42,10 @@ class Config(WhichWeights):
     )
     served_model_name: str = option("", "names in /v1/models, separated by commas")
     api_key: str = option("", "keys that clients must send, separated by commas (or NANOCHAT_API_KEYS)")
-    cors_origin: str = option("", "origins whose pages may call the API, separated by commas")
+    cors_origin: str = option(
+        "",
+        "origins whose pages may call the API, such as https://example.com, separated by commas; * for all",
+    )
     max_batch: int = option(32, "answers that one replica generates at the same time")
     max_queue: int = option(64, "requests that may wait, 0 for none; more are refused with 429", least=0)
     rate_limit: str = option("", "requests per key or address, such as 30/minute; more are refused with 429")
@@ -64,7 +67,7 @@ class Config(WhichWeights):
         "calculator", "what <|python_start|> calls", choices=("calculator", "sandbox", "off")
     )
     reload_model_on_sighup: bool = option(False, "on SIGHUP, load the model anew: a newer checkpoint, or tag")
-    root_path: str = option("", "path prefix behind a reverse proxy, such as /llm")
+    root_path: str = option("", "path prefix that a reverse proxy takes off, such as /llm")
     ssl_certfile: str | None = option(None, "TLS certificate")
     ssl_keyfile: str | None = option(None, "TLS key")
     log_format: str = option("text", "lines of the log", choices=("text", "json"))
@@ -143,6 +146,9 @@ def settings_of(cfg: Config) -> Settings:
     check("--max-batch", cfg.max_batch, limits.max_choices, 4096)
     if cfg.root_path and not re.fullmatch(r"(/[^/?#\s]+)+", cfg.root_path):
         raise UserError(f"--root-path={cfg.root_path} is not a path prefix; write it like /llm")
+    for origin in names(cfg.cors_origin):
+        if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise UserError(f"--cors-origin={origin} is no origin; write it like https://example.com, or *")
     return Settings(
         defaults=Defaults(cfg.temperature, cfg.top_k, cfg.top_p, cfg.max_tokens),
         limits=limits,
@@ -246,7 +252,8 @@ def announce(cfg: Config, pool: WorkerPool, port: int) -> None:
     host = "localhost" if cfg.host in ("127.0.0.1", "0.0.0.0", "::", "::1") else cfg.host
     model = f"{info.name}, step {info.step}, on {info.device} ({info.dtype})"
     print(f"{model}, context {info.context_length} tokens", flush=True)
-    print(f"open {scheme}://{host}:{port}{cfg.root_path}  (Ctrl-C stops)", flush=True)
+    proxy = f"through the proxy below {cfg.root_path}; " if cfg.root_path else ""
+    print(f"open {scheme}://{host}:{port}  ({proxy}Ctrl-C stops)", flush=True)
 
 
 def warn_if_exposed(cfg: Config, settings: Settings) -> None:

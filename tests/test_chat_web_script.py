@@ -79,7 +79,7 @@ def model_process(process: subprocess.Popen[str]) -> psutil.Process:
 
 def test_a_checkpoint_is_served(tmp_path):
     """The whole way: files on disk, the script as people start it, an answer over HTTP, Ctrl-C."""
-    with started(tmp_path, "-m", "5") as (process, url):
+    with started(tmp_path, "-m", "5", "--root-path=/llm") as (process, url):
         answer = httpx.post(f"{url}/chat", json={"message": "hi"}, timeout=120).json()
         assert answer["usage"]["completion_tokens"] == 5 and answer["finish_reason"] == "length"
         assert httpx.get(f"{url}/v1/models").json()["data"][0]["context_length"] == 64
@@ -159,11 +159,16 @@ def test_defaults_beyond_the_limits_are_refused(tmp_path):
         ("--request-timeout=0", "at least 1"), ("--session-ttl=0", "at least 1"),
         ("--max-sessions=-3", "at least 1"), ("--root-path=foo", "write it like /llm"),
         ("--root-path=/foo/", "write it like /llm"), ("--root-path=/", "write it like /llm"),
+        ("--cors-origin=*,example.com", "=example.com is no origin"), ("--cors-origin=http://a/", "is no origin"),
     ],
 )  # fmt: skip
 def test_flags_that_make_no_sense_are_refused(flag, problem):
     with pytest.raises(UserError, match=f"{flag.partition('=')[0]}.*{problem}"):
         settings_of(parse(Config, [flag]))
-    assert (
-        settings_of(parse(Config, ["--max-queue=0", "--queue-timeout=0", "--root-path=/a/b"])).max_queue == 0
-    )
+    sensible = [
+        "--max-queue=0",
+        "--queue-timeout=0",
+        "--root-path=/a/b",
+        "--cors-origin=*,null,https://a.b:8",
+    ]
+    assert len(settings_of(parse(Config, sensible)).cors_origins) == 3
