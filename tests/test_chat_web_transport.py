@@ -125,6 +125,24 @@ def test_a_refused_question_does_not_stop_the_conversation(browser, server: Serv
 
 
 @pytest.mark.parametrize("transport", ["sse", "websocket"])
+def test_a_key_is_asked_for_until_it_is_right(browser, transport):
+    locked = Settings(defaults=GREEDY, api_keys=("right",))
+    with served(lambda i: scripted_replica(script), locked) as server, browser.new_context() as context:
+        page = context.new_page()
+        page.goto(server.url)
+        page.fill("#dialog-input", "\u94a5")  # no header could carry it
+        page.click("#dialog-ok")
+        with settings(page):
+            page.select_option("#setting-transport", transport)
+        say(page, "a")
+        page.fill("#dialog-input", " right\t")
+        page.click("#dialog-ok")
+        page.click(".failure .retry")
+        page.wait_for_function("() => document.querySelector('.failure').textContent === ''")
+        assert finished(page, 1).startswith("Hello a")
+
+
+@pytest.mark.parametrize("transport", ["sse", "websocket"])
 def test_a_server_that_is_gone_is_said_in_words(browser, transport):
     with browser.new_context() as context:
         with served(lambda i: scripted_replica(script), Settings(defaults=GREEDY), pause_s=0.05) as going:

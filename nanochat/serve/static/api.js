@@ -14,8 +14,9 @@ export class ServerError extends Error {
   }
 }
 
+// Pasted keys bring spaces with them, and a header takes only ASCII: any other key is as wrong as one with a "?".
 export function setKey(key) {
-  sessionStorage.setItem(KEY, key);
+  sessionStorage.setItem(KEY, key.trim().replace(/[^!-~]/g, "?"));
 }
 
 function headers() {
