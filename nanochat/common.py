@@ -96,9 +96,12 @@ def whole_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     except OSError as error:
         raise UserError(f"cannot create {path.parent}: {error.strerror}") from None
     encoding = None if "b" in mode else "utf-8"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        os.chmod(temporary, 0o666 & ~_umask())
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    try:
+        os.chmod(temporary, usual_mode())
         with os.fdopen(handle, mode, encoding=encoding) as file:
             yield file
             file.flush()
@@ -112,25 +115,28 @@ def whole_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         raise
 
 
-def _umask() -> int:
+def usual_mode() -> int:
+    """The permissions that a new file has here; temporary files have less, and keep it when they are renamed."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    return 0o666 & ~mask
 
 
 def write_json(path: str | Path, value: object) -> None:
     """Write value as indented UTF-8 JSON, whole or not at all."""
-    with whole_file(path, "w") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with whole_file(path) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))  # a lone surrogate becomes its escape in JSON
 
 
 def read_json(path: str | Path) -> dict:
-    """Read a JSON object; a missing or broken file is a UserError that names it."""
+    """Read a JSON object; a missing, unreadable or broken file is a UserError that names it."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):

@@ -119,13 +119,19 @@ def _events(response: requests.Response) -> Iterator[dict[str, Any]]:
 
 def _detail(response: requests.Response) -> str:
     try:
-        return str(response.json()["detail"])[:500]
+        detail = response.json()["detail"]
+        if isinstance(detail, list):  # fields of the request that do not fit
+            detail = "; ".join(f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in detail)
+        return str(detail)[:500]
     except (ValueError, KeyError, TypeError):
         return response.reason or "no reason given"
 
 
 def _cause(error: Exception) -> str:
     """The innermost reason, without the names of the library's layers."""
+    wrong = requests.exceptions
+    if isinstance(error, wrong.MissingSchema | wrong.InvalidSchema | wrong.InvalidURL):
+        return "this is no address such as http://127.0.0.1:8000"
     while error.__context__ is not None and isinstance(error.__context__, Exception):
         error = error.__context__
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

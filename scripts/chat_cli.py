@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 HELP = """\
 /clear               forget the conversation          /retry   answer the last question again
-/undo                take back the last exchange      /system TEXT   instructions for the model
-/temperature X, /topk N, /topp X, /maxtokens N, /seed N   show or set (0 = off, to the end, random)
+/undo                take back the last exchange      /system TEXT   instructions; /system off: none
+/temperature X, /topk N, /topp X, /maxtokens N, /seed N   show or set; /topk 0 and /topp 1 are off,
+                     /maxtokens 0 is to the end of the context, /seed 0 another seed each time
 /save FILE, /load FILE   the conversation as JSON     /tokens  how much of the context is used
 /stats               speed of each answer on or off   /quit    leave (so do quit, exit, Ctrl-D)
 End a line with \\ to continue it, or write \"\"\" before and after several lines. Ctrl-C stops an answer."""
@@ -47,8 +48,8 @@ class Config(WhichWeights):
     prompt: str = option("", "answer this, print the answer on stdout, and exit", short="p")
     temperature: float = option(0.6, "0 is greedy", short="t", least=0)
     top_k: int = option(50, "sample among this many tokens; 0 = all", short="k", least=0)
-    max_tokens: int = option(512, "longest answer; 0 = to the end of the context", short="m", least=1)
-    top_p: float = option(1.0, "sample among the likeliest tokens of this total probability")
+    max_tokens: int = option(512, "longest answer; 0 = to the end of the context", short="m", least=0)
+    top_p: float = option(1.0, "sample among the likeliest tokens of this total probability; 1 = all")
     seed: int | None = option(None, "makes answers repeatable; default: random")
     system: str = option("", "instructions put before the first message")
     color: bool = option(True, "tool calls in grey, on a terminal")
@@ -63,7 +64,9 @@ class Config(WhichWeights):
     history: str = option("", "file that keeps the lines you typed; default: they are forgotten at the end")
     url: str = option("", "ask the server there instead of loading a model, such as http://127.0.0.1:8000")
     api_key: str = option("", "key for --url (or NANOCHAT_API_KEYS)")
-    speculate: int = option(0, "tokens to guess ahead from the conversation; faster where answers repeat it")
+    speculate: int = option(
+        0, "tokens to guess ahead from the conversation; faster where answers repeat it", least=0
+    )
 
 
 @dataclass
@@ -119,7 +122,7 @@ class Terminal:
                 self._say("Ctrl-C again or /quit leaves")
                 continue
             interrupted = False
-            if line.lower() in ("quit", "exit", "/quit", "/exit"):
+            if line.lower() in ("quit", "exit") or line.lower().split()[:1] in (["/quit"], ["/exit"]):
                 return
             try:
                 self._obey(line)
@@ -176,7 +179,8 @@ class Terminal:
             else:
                 self._say(f"taken back: {question}")
         elif name == "system":
-            chat.system = argument or chat.system
+            if argument:
+                chat.system = "" if argument.lower() == "off" else argument
             self._say(f"system: {chat.system or '(none)'}")
         elif name == "save":
             write_json(_file(argument), {"system": chat.system, "messages": chat.messages})
@@ -198,7 +202,8 @@ class Terminal:
             try:
                 value = kind(argument)
             except ValueError:
-                raise UserError(f"/{name} needs a number, not {argument!r}") from None
+                number = "a whole number" if kind is int else "a number"
+                raise UserError(f"/{name} needs {number}, not {argument!r}") from None
             _check_settings(**{attribute: value})
             setattr(self.chat, attribute, (value or None) if name == "seed" else value)
         self._say(f"{name}: {getattr(self.chat, attribute)}")
@@ -212,18 +217,22 @@ def _read_conversation(path: str) -> tuple[str, list[dict]]:
 
     stored = read_json(path)
     try:
-        system, messages = str(stored.get("system", "")), list(stored["messages"])
+        system, messages = stored.get("system") or "", list(stored["messages"])
+        if not isinstance(system, str):
+            raise ValueError("its system is not text")
         if messages:
             checked_messages({"messages": messages})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not a saved conversation: {error}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is not a saved conversation: /save writes it in another form") from None
     return system, messages
 
 
 def _file(argument: str) -> str:
     if not argument:
         raise UserError("a file name is missing")
-    return argument
+    return os.path.expanduser(argument)
 
 
 def _check_settings(
@@ -232,7 +241,7 @@ def _check_settings(
     wrong = {
         f"temperature {temperature} must be at least 0": not 0 <= temperature < float("inf"),
         f"top-k {top_k} must be at least 0": top_k < 0,
-        f"top-p {top_p} must be above 0 and at most 1": not 0 < top_p <= 1,
+        f"top-p {top_p} must be above 0 and at most 1, which is off": not 0 < top_p <= 1,
         f"max-tokens {max_tokens} must be at least 0": max_tokens < 0,
     }
     for text, is_wrong in wrong.items():
@@ -243,6 +252,8 @@ def _check_settings(
 def _reader(history: str) -> Callable[[str], str]:
     """Line input with editing, history and Tab where there is a terminal and the library, else input()."""
     if sys.stdin.isatty() and sys.stdout.isatty():
+        if history:
+            _check_history(history)
         try:
             from prompt_toolkit import PromptSession
             from prompt_toolkit.completion import WordCompleter
@@ -253,6 +264,13 @@ def _reader(history: str) -> Callable[[str], str]:
         past = FileHistory(history) if history else InMemoryHistory()
         return PromptSession(history=past, completer=commands, complete_while_typing=False).prompt
     return input
+
+
+def _check_history(path: str) -> None:
+    try:
+        open(path, "ab").close()  # as every line that is typed will be added
+    except OSError as error:
+        raise UserError(f"--history={path}: {error.strerror}; name a file in a folder that exists") from None
 
 
 # --- one answer --------------------------------------------------------------------------------------
@@ -352,6 +370,7 @@ def main(cfg: Config) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not end the answer
+    read = input if question else _reader(cfg.history)
     chat = _connect(cfg) if cfg.url else _load(cfg)
     color = cfg.color and "NO_COLOR" not in os.environ
     if question:
@@ -363,7 +382,7 @@ def main(cfg: Config) -> None:
             sys.exit(141)  # 128 + SIGPIPE, as of programs that the signal ends
     print("nanochat: /help lists the commands, /quit leaves, Ctrl-C stops an answer", file=sys.stderr)
     color = color and sys.stdout.isatty()
-    Terminal(chat, _reader(cfg.history), _display(cfg, color), cfg.stats).loop()
+    Terminal(chat, read, _display(cfg, color), cfg.stats).loop()
 
 
 def _display(cfg: Config, color: bool) -> Display:

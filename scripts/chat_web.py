@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -41,12 +42,17 @@ class Config(WhichWeights):
     )
     served_model_name: str = option("", "names in /v1/models, separated by commas")
     api_key: str = option("", "keys that clients must send, separated by commas (or NANOCHAT_API_KEYS)")
-    cors_origin: str = option("", "origins whose pages may call the API, separated by commas")
+    cors_origin: str = option(
+        "",
+        "origins whose pages may call the API, such as https://example.com, separated by commas; * for all",
+    )
     max_batch: int = option(32, "answers that one replica generates at the same time")
-    max_queue: int = option(64, "requests that may wait; more are refused with 429")
+    max_queue: int = option(64, "requests that may wait, 0 for none; more are refused with 429", least=0)
     rate_limit: str = option("", "requests per key or address, such as 30/minute; more are refused with 429")
-    queue_timeout: float = option(60.0, "seconds a request may wait")
-    request_timeout: float = option(300.0, "seconds an answer may take")
+    queue_timeout: float = option(
+        60.0, "seconds a request may wait; 0 refuses what cannot start at once", least=0
+    )
+    request_timeout: float = option(300.0, "seconds an answer may take", least=1)
     context_policy: str = option(
         "truncate",
         "when a conversation is too long: drop its oldest messages, refuse, or go beyond the trained context",
@@ -55,13 +61,13 @@ class Config(WhichWeights):
     session_db: str = option(
         "", "SQLite file for conversations kept on the server; empty keeps them in memory"
     )
-    session_ttl: float = option(3600.0, "seconds after which an idle session is forgotten")
-    max_sessions: int = option(1000, "sessions kept at most")
+    session_ttl: float = option(3600.0, "seconds after which an idle session is forgotten", least=1)
+    max_sessions: int = option(1000, "sessions kept at most; the oldest gives way", least=1)
     python_tool: str = option(
         "calculator", "what <|python_start|> calls", choices=("calculator", "sandbox", "off")
     )
     reload_model_on_sighup: bool = option(False, "on SIGHUP, load the model anew: a newer checkpoint, or tag")
-    root_path: str = option("", "path prefix behind a reverse proxy")
+    root_path: str = option("", "path prefix that a reverse proxy takes off, such as /llm")
     ssl_certfile: str | None = option(None, "TLS certificate")
     ssl_keyfile: str | None = option(None, "TLS key")
     log_format: str = option("text", "lines of the log", choices=("text", "json"))
@@ -129,7 +135,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def settings_of(cfg: Config) -> Settings:
-    """The server's settings; UserError for defaults that its own limits would refuse."""
+    """The server's settings; UserError for what makes no sense, or defaults that its own limits would refuse."""
     from nanochat.serve.settings import Defaults, Limits, Rate, Settings
 
     limits = Limits()
@@ -138,6 +144,11 @@ def settings_of(cfg: Config) -> Settings:
     check("--top-p", cfg.top_p, 0, 1)
     check("--max-tokens", cfg.max_tokens, 1, limits.max_tokens)
     check("--max-batch", cfg.max_batch, limits.max_choices, 4096)
+    if cfg.root_path and not re.fullmatch(r"(/[^/?#\s]+)+", cfg.root_path):
+        raise UserError(f"--root-path={cfg.root_path} is not a path prefix; write it like /llm")
+    for origin in names(cfg.cors_origin):
+        if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise UserError(f"--cors-origin={origin} is no origin; write it like https://example.com, or *")
     return Settings(
         defaults=Defaults(cfg.temperature, cfg.top_k, cfg.top_p, cfg.max_tokens),
         limits=limits,
@@ -222,7 +233,7 @@ def start_models(cfg: Config) -> Launcher:
     count = cfg.num_gpus or count_gpus()
     check("--num-gpus", count, 1, 1024)
     load = functools.partial(
-        load_replica, source=cfg.source, device_type=cfg.device_type, model_tag=cfg.model_tag, step=cfg.step,
+        load_replica, count=count, source=cfg.source, device_type=cfg.device_type, model_tag=cfg.model_tag, step=cfg.step,
         python_tool=cfg.python_tool, max_batch=cfg.max_batch, quantized=cfg.quantize,
     )  # fmt: skip
     return Launcher(load, count)
@@ -241,7 +252,8 @@ def announce(cfg: Config, pool: WorkerPool, port: int) -> None:
     host = "localhost" if cfg.host in ("127.0.0.1", "0.0.0.0", "::", "::1") else cfg.host
     model = f"{info.name}, step {info.step}, on {info.device} ({info.dtype})"
     print(f"{model}, context {info.context_length} tokens", flush=True)
-    print(f"open {scheme}://{host}:{port}{cfg.root_path}  (Ctrl-C stops)", flush=True)
+    proxy = f"through the proxy below {cfg.root_path}; " if cfg.root_path else ""
+    print(f"open {scheme}://{host}:{port}  ({proxy}Ctrl-C stops)", flush=True)
 
 
 def warn_if_exposed(cfg: Config, settings: Settings) -> None:

@@ -15,8 +15,9 @@ import torch
 
 from nanochat.chat import Chat
 from nanochat.common import UserError
+from nanochat.configurator import parse
 from nanochat.engine import Engine
-from scripts.chat_cli import Screen, Terminal, answer_once
+from scripts.chat_cli import Config, Screen, Terminal, answer_once
 from tests.toy_model import ByteTokenizer, ScriptedModel
 
 torch.set_num_threads(1)
@@ -139,7 +140,7 @@ def test_length_limit_and_summary():
     reply = chat.answer("q", lambda *_: None, print)
     assert (reply.text, reply.finish_reason, reply.completion_tokens) == ("abc", "length", 3)
     assert "3 tokens" in reply.summary(512) and "/512; length" in reply.summary(512)
-    chat.max_tokens = 0
+    chat.max_tokens = parse(Config, ["--max-tokens=0"]).max_tokens
     assert chat.answer("q", lambda *_: None, print).finish_reason == "stop"
 
 
@@ -193,7 +194,7 @@ def test_ctrl_c_keeps_the_partial_answer():
 
 
 def test_leaving():
-    for last in ("quit", "EXIT", "/quit", EOFError):
+    for last in ("quit", "EXIT", "/quit", "/exit now", EOFError):
         assert session(replying({"q": ["hi"]}), "q", last, "q") == "Assistant: hi\n\n"
     assert session(
         replying({"q": ["hi"]}), KeyboardInterrupt, "q", KeyboardInterrupt, KeyboardInterrupt, "q"
@@ -226,10 +227,14 @@ def test_settings(capsys):
     )
     assert (chat.temperature, chat.top_k, chat.top_p, chat.max_tokens, chat.seed) == (0.9, 0, 0.5, 9, 3)
     assert chat.system == "Be brief." and "topk: 0" in capsys.readouterr().err
+    session(chat, "/system", "/system off", "/maxtokens 0", "/topp 1", "/seed 0")
+    assert (chat.system, chat.max_tokens, chat.top_p, chat.seed) == ("", 0, 1, None)
+    assert "system: Be brief.\nsystem: (none)\n" in capsys.readouterr().err
     before = replace(chat)
     session(
         chat,
         "/temperature hot",
+        "/topk 1.5",
         "/temperature -1",
         "/topp 0",
         "/topk -5",
@@ -239,7 +244,12 @@ def test_settings(capsys):
     )
     assert chat == before
     err = capsys.readouterr().err
-    assert err.count("error:") == 5 and "/nonsense is not a command" in err and "/retry" in err
+    assert (
+        err.count("error:") == 6
+        and "whole number, not '1.5'" in err
+        and "/nonsense is not a command" in err
+        and "/retry" in err
+    )
 
 
 def test_save_and_load(tmp_path, capsys):
@@ -253,6 +263,31 @@ def test_save_and_load(tmp_path, capsys):
     err = capsys.readouterr().err
     assert "is not a saved conversation" in err and err.count("error:") == 3 and len(chat.messages) == 4
     assert "of 512 tokens" in err
+    path.write_text('{"system": null, "messages": []}')
+    session(chat, f"/load {path}")
+    assert (chat.system, chat.messages) == ("", [])
+    path.write_text('{"system": 5, "messages": []}')
+    session(chat, f"/load {path}")
+    assert "its system is not text" in capsys.readouterr().err
+    path.write_text('{"messages": [{"role": "user", "text": "of the page"}]}')
+    session(chat, f"/load {path}")
+    assert "is not a saved conversation: /save writes it in another form" in capsys.readouterr().err
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    session(replying({"a": ["A"]}), "a", "/save ~/talk.json")
+    assert os.listdir(tmp_path) == ["talk.json"]
+
+
+def test_files_that_cannot_be_used_lose_no_conversation(tmp_path, capsys):
+    chat, file = replying({"a": ["A"], "b": ["B"]}), tmp_path / "file"
+    file.touch()
+    wrong = [f"/{name} {path}" for name in ("load", "save") for path in (tmp_path, file / "below")]
+    session(chat, "a", *wrong, f"/save {'x' * 300}", "b")
+    assert [m["content"] for m in chat.messages] == ["a", "A", "b", "B"]
+    err = capsys.readouterr().err
+    assert err.count("error: cannot") == 5 and "Is a directory" in err, err
 
 
 def test_several_lines_and_escaped_slashes():
@@ -332,6 +367,7 @@ def test_piped_text_is_one_question(base_dir):
     [
         (("-p", "x"), "no checkpoint"), ((), "standard input is empty"),
         (("-p", "x", "-t", "-1"), "temperature"), (("-p", "x", "--top-p=0"), "top-p"),
+        (("-p", "x", "--speculate=-1"), "at least 0"),
         (("-p", "x", "-i", "huge"), "source must be one of"),
     ],
 )  # fmt: skip

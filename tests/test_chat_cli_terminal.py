@@ -136,6 +136,17 @@ def test_editing_history_multi_byte_and_commands(server: Served, tmp_path):
         screen.ask("\x1b[A" * 5 + "\r", "1:\u6f22\u5b57")  # the fifth line back; the first is /quit
 
 
+@pytest.mark.parametrize("history", [".", "none/typed"])
+def test_a_history_that_cannot_be_kept_is_one_line(tmp_path, history: str):
+    screen = Terminal("--url=http://127.0.0.1:9", f"--history={tmp_path / history}")
+    try:
+        seen = screen.read_until("in a folder that exists")
+        assert seen.startswith(f"error: --history={tmp_path}") and screen.leave("") == 2
+    finally:
+        screen.process.kill()
+        os.close(screen.master)
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_program(server: Served):
     with terminal(server) as screen:
         server.model.pause_s = 0.02
@@ -266,7 +277,9 @@ def test_ctrl_c_ends_a_single_answer_with_what_there_is(server: Served):
     ("arguments", "message"),
     [
         (("--url", "http://127.0.0.1:9"), "no server at http://127.0.0.1:9: Connection refused"),
-        (("--url", "nonsense"), "no server at nonsense"),
+        (("--url", "nonsense"), "no server at nonsense: this is no address such as http://127.0.0.1:8000;"),
+        (("--url", "127.0.0.1:8000"), "this is no address such as http://127.0.0.1:8000;"),
+        (("--url", "SERVER", f"--seed={2**70}"), "refuses (422): seed: Input should be less than"),
         (("--url", "SERVER", "-i", "sft"), "leave out --source"),
         (("--url", "SERVER", "-t", "9"), "temperature must be between"),
     ],

@@ -166,8 +166,8 @@ def test_slashes_and_settings(page):
     assert body["temperature"] == 1.5 and body["top_k"] == 0 and "max_tokens" not in body
     finished(page, 1)
     for line, answer in {
-        "/temperature": "Temperature: 1.5", "/system be brief": "be brief", "/seed random": "Seed: random",
-        "/topp 7": "from 0.01 to 1", "/help": "/maxtokens N", "/stats": "tok/s",
+        "/temperature": "Temperature: 1.5", "/system be brief": "be brief", "/system off": "prompt: \u2013", "/seed random": "Seed: random",
+        "/topp 7": "from 0.01 to 1", "/Help": "/maxtokens N", "/stats": "tok/s",
     }.items():  # fmt: skip
         say(page, line)
         assert answer in page.inner_text(".remark:last-of-type")
@@ -351,6 +351,43 @@ def test_conversations_are_kept_named_searched_and_moved(page, tmp_path):
         page.wait_for_function(
             "() => document.querySelector('.remark:last-of-type').textContent.includes('no conversations')"
         )
+
+
+def test_an_import_drops_nothing_without_a_word(one_page):
+    page = one_page
+
+    def talk(title: str, text: str = "x", updated: int = 1) -> dict:
+        told = [{"id": "m", "role": "user", "content": text}]
+        return {"id": title, "title": title, "created": 1, "updated": updated, "messages": told}
+
+    def load(*entries: object) -> str:
+        file = {"name": "all.json", "mimeType": "application/json", "buffer": json.dumps(entries).encode()}
+        before = page.locator(".remark").count()
+        page.set_input_files("#import-file", file)
+        page.wait_for_function("n => document.querySelectorAll('.remark').length > n", arg=before)
+        return page.inner_text(".remark:last-of-type")
+
+    page.evaluate(
+        "all => all.forEach((one) => localStorage.setItem(`nanochat.conversation.${one.id}`, JSON.stringify(one)))",
+        [talk(f"own {i}") for i in range(198)],
+    )
+    page.reload()
+    large = talk("large", "x" * 2_000_001, 9)
+    report = load(*[talk(f"new {i}", updated=i) for i in range(10)], large, {"no": "conversation"})
+    assert report.splitlines() == [
+        "2 conversations imported.",
+        "1 not imported, too long to be kept: \u201clarge\u201d",
+        "8 not imported, as at most 200 are kept (delete some and import again): "
+        + ", ".join(f"\u201cnew {i}\u201d" for i in range(7, 2, -1)) + " \u2026",
+        "1 entry of the file is no conversation.",
+    ]  # fmt: skip
+    page.reload()
+    kept = page.locator(".entry").all_inner_texts()
+    assert set(kept) == {f"own {i}" for i in range(198)} | {"new 9", "new 8"} and len(kept) == 200
+    page.evaluate("localStorage.clear(), localStorage.setItem('filler', 'x'.repeat(5242870))")
+    page.reload()
+    assert "as the browser has no room for more" in load(talk("new")) and page.locator(".entry").count() == 0
+    assert load({"no": "conversation"}) == "This file holds no conversations."
 
 
 def test_themes_and_languages(page):

@@ -110,7 +110,9 @@ def test_what_people_and_files_may_bring(browser, server: Served):
         file = {"name": "x.json", "mimeType": "application/json", "buffer": json.dumps([*bad, good]).encode()}
         page.set_input_files("#import-file", file)
         page.wait_for_function(
-            "() => document.querySelector('.remark')?.textContent === '1 conversation imported.'"
+            "n => document.querySelector('.remark')?.textContent === '1 conversation imported.\\n'"
+            " + `${n} entries of the file are no conversations.`",
+            arg=len(bad),
         )
         assert page.locator(".entry").count() == 2
         page.click(".entry >> nth=0")

@@ -18,7 +18,10 @@ import pytest
 import torch
 
 from nanochat.checkpoint_manager import save_checkpoint
+from nanochat.common import UserError
+from nanochat.configurator import parse
 from nanochat.gpt import GPT, GPTConfig
+from scripts.chat_web import Config, settings_of
 from tests.serving import byte_tokenizer
 
 
@@ -41,6 +44,12 @@ def test_a_missing_checkpoint_is_one_clear_line(tmp_path):
     result = run_script(tmp_path, "--port=0", "--device-type=cpu")
     assert result.returncode == 2
     assert result.stderr.startswith("error: no checkpoint below ") and result.stderr.count("\n") == 1
+
+
+def test_more_replicas_than_gpus_are_one_clear_line(tmp_path):
+    result = run_script(tmp_path, "--port=0", "--device-type=cpu", "--num-gpus=3")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: --num-gpus=3, but"), result.stderr
 
 
 @contextmanager
@@ -70,7 +79,7 @@ def model_process(process: subprocess.Popen[str]) -> psutil.Process:
 
 def test_a_checkpoint_is_served(tmp_path):
     """The whole way: files on disk, the script as people start it, an answer over HTTP, Ctrl-C."""
-    with started(tmp_path, "-m", "5") as (process, url):
+    with started(tmp_path, "-m", "5", "--root-path=/llm") as (process, url):
         answer = httpx.post(f"{url}/chat", json={"message": "hi"}, timeout=120).json()
         assert answer["usage"]["completion_tokens"] == 5 and answer["finish_reason"] == "length"
         assert httpx.get(f"{url}/v1/models").json()["data"][0]["context_length"] == 64
@@ -141,3 +150,25 @@ def test_files_that_cannot_be_used_are_one_clear_line(tmp_path, flag, problem):
 def test_defaults_beyond_the_limits_are_refused(tmp_path):
     result = run_script(tmp_path, "--port=0", "--temperature=3")
     assert result.returncode == 2 and "--temperature=3.0 is out of range" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "problem"),
+    [
+        ("--max-queue=-1", "at least 0"), ("--queue-timeout=-1", "at least 0"),
+        ("--request-timeout=0", "at least 1"), ("--session-ttl=0", "at least 1"),
+        ("--max-sessions=-3", "at least 1"), ("--root-path=foo", "write it like /llm"),
+        ("--root-path=/foo/", "write it like /llm"), ("--root-path=/", "write it like /llm"),
+        ("--cors-origin=*,example.com", "=example.com is no origin"), ("--cors-origin=http://a/", "is no origin"),
+    ],
+)  # fmt: skip
+def test_flags_that_make_no_sense_are_refused(flag, problem):
+    with pytest.raises(UserError, match=f"{flag.partition('=')[0]}.*{problem}"):
+        settings_of(parse(Config, [flag]))
+    sensible = [
+        "--max-queue=0",
+        "--queue-timeout=0",
+        "--root-path=/a/b",
+        "--cors-origin=*,null,https://a.b:8",
+    ]
+    assert len(settings_of(parse(Config, sensible)).cors_origins) == 3

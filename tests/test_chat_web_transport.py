@@ -107,6 +107,60 @@ def test_failures_are_shown_and_can_be_retried(page, server: Served):
     assert finished(page, 1) == "Hello a \U0001f600"
 
 
+def test_a_refused_question_does_not_stop_the_conversation(browser, server: Served):
+    with browser.new_context() as context:
+        page = context.new_page()
+        page.goto(server.url)
+        page.wait_for_selector("#model:not(:empty)", state="attached")
+        for count, text in enumerate(["a", "y" * 8001], start=1):
+            say(page, text)
+            finished(page, count)
+        assert "longer than 8000 characters" in page.inner_text(".failure >> nth=1")
+        with page.expect_request("**/chat/completions") as sent:
+            page.click(".failure .retry")
+        assert len(sent.value.post_data_json["messages"][-1]["content"]) == 8001
+        finished(page, 2)
+        say(page, "b")
+        assert finished(page, 3).startswith("Hello b")
+
+
+@pytest.mark.parametrize("transport", ["sse", "websocket"])
+def test_a_key_is_asked_for_until_it_is_right(browser, transport):
+    locked = Settings(defaults=GREEDY, api_keys=("right",))
+    with served(lambda i: scripted_replica(script), locked) as server, browser.new_context() as context:
+        page = context.new_page()
+        page.goto(server.url)
+        page.fill("#dialog-input", "\u94a5")  # no header could carry it
+        page.click("#dialog-ok")
+        with settings(page):
+            page.select_option("#setting-transport", transport)
+        say(page, "a")
+        page.fill("#dialog-input", " right\t")
+        page.click("#dialog-ok")
+        page.click(".failure .retry")
+        page.wait_for_function("() => document.querySelector('.failure').textContent === ''")
+        assert finished(page, 1).startswith("Hello a")
+
+
+@pytest.mark.parametrize("transport", ["sse", "websocket"])
+def test_a_server_that_is_gone_is_said_in_words(browser, transport):
+    with browser.new_context() as context:
+        with served(lambda i: scripted_replica(script), Settings(defaults=GREEDY), pause_s=0.05) as going:
+            page = context.new_page()
+            page.goto(going.url)
+            page.wait_for_selector("#model:not(:empty)", state="attached")
+            with settings(page):
+                page.select_option("#setting-transport", transport)
+            say(page, "long")
+            page.wait_for_function("() => document.querySelector('.answer')?.textContent.length > 4")
+        finished(page, 1)
+        assert "broke before the answer was complete" in page.inner_text(".failure")
+        say(page, "a")
+        finished(page, 2)
+        assert "The server cannot be reached. Look whether" in page.inner_text(".failure >> nth=1")
+        assert page.inner_text("#notice") == "The server cannot be reached. Trying again \u2026"
+
+
 def test_addresses_and_a_second_tab(one_page, server: Served):
     page = one_page
     say(page, "first")

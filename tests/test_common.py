@@ -68,7 +68,31 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     assert not (tmp_path / "x").exists()
 
 
+def test_files_that_cannot_be_written_are_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for name, reason in {
+        "x" * 250: f"cannot write {tmp_path}/x+: File name too long",  # no room for a temporary name
+        "file/below": f"cannot create {tmp_path}/file: ",
+        ".": f"cannot write {tmp_path}: Is a directory",
+    }.items():
+        with pytest.raises(UserError, match=reason):
+            common.write_json(tmp_path / name, {})
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_json_comes_back_whatever_its_text(tmp_path):
+    value = {
+        "text": "\u00e4\u6f22\U0001f600 \ud800 \udcff\n"
+    }  # lone surrogates: bytes typed that are no UTF-8
+    common.write_json(tmp_path / "x.json", value)
+    assert common.read_json(tmp_path / "x.json") == value
+
+
 def test_json_errors_name_the_file(tmp_path):
+    (tmp_path / "file").touch()
+    for name, reason in {"": "Is a directory", "file/below": "Not a directory"}.items():
+        with pytest.raises(UserError, match=f"cannot read {tmp_path / name}: {reason}"):
+            common.read_json(tmp_path / name)
     with pytest.raises(UserError, match="does not exist"):
         common.read_json(tmp_path / "x.json")
     (tmp_path / "x.json").write_text("{")

@@ -242,6 +242,13 @@ def test_large_models_are_cut_into_shards(tmp_path):
     assert hf_export.SHARD_BYTES == 5_000_000_000
 
 
+def test_others_may_read_an_export(exported):
+    (usual := exported("grouped")[1].parent / "usual").touch()
+    folder = usual.with_name("model")
+    modes = {file.name: file.stat().st_mode for file in folder.iterdir()}
+    assert set(modes.values()) == {usual.stat().st_mode}, modes
+
+
 def test_generation_settings(exported, tmp_path):
     bos, end = tokenizer().encode_special("<|bos|>"), tokenizer().encode_special("<|assistant_end|>")
     _, folder = exported("grouped")

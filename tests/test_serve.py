@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -214,6 +215,25 @@ def test_schema_errors_never_crash(server: Served):
         )
         assert response.status_code in (400, 422), raw
         response.json()
+
+
+@pytest.mark.parametrize(
+    ("raw", "media", "problem"),
+    [
+        (b"{bad", "application/json", "no valid JSON: Expecting property name .*, at character 1"),
+        (b'{"messages": []}', "application/x-www-form-urlencoded", "Content-Type: application/json"),
+        (b'{"messages": []}', "", "Content-Type: application/json, not without"),
+        (b"", "application/json", "JSON object is missing"), (b"[1]", "application/json", "must be a JSON object"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_body_is_said_in_words(server: Served, raw: bytes, media: str, problem: str):
+    headers = {"content-type": media} if media else {}
+    native = server.http.post("/chat", content=raw, headers=headers)
+    assert native.status_code == 422 and re.search(problem, native.json()["detail"][0]["msg"])
+    compatible = server.http.post("/v1/chat/completions", content=raw, headers=headers)
+    error = compatible.json()["error"]
+    assert compatible.status_code == 400 and re.match(f"body: .*{problem}", error["message"])
+    assert error["param"] is None
 
 
 def test_body_limit(server: Served):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nanochat.common import UserError, print0, whole_file, write_json
+from nanochat.common import UserError, print0, usual_mode, whole_file, write_json
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.interop import hf_config
 from nanochat.interop.hf_tokenizer import BOS, END_OF_ANSWER, write_tokenizer
@@ -110,6 +110,7 @@ def write_shards(state: dict[str, torch.Tensor], directory: Path, shard_bytes: i
             save_file(shard, directory / name, {"format": "pt"})  # transformers refuses files without it
         except SafetensorError as error:
             raise UserError(f"cannot write {name}: {error}") from None
+        os.chmod(directory / name, usual_mode())  # safetensors 0.8 leaves it to its owner alone
 
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0

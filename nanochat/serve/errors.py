@@ -117,11 +117,27 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 async def _on_schema_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     details: list[dict] = [{key: _finite(value) for key, value in one.items()} for one in error.errors()]
+    first = details[0]
+    if problem := _of_the_whole_body(first, request.headers.get("content-type", "")):
+        first |= {"msg": problem, "loc": ["body"]}
     if not is_openai(route_path(request)):
         return AsciiJSON({"detail": details, "code": "invalid_request"}, 422)
-    first = details[0]
     param = ".".join(str(part) for part in first["loc"] if part != "body") or None
     return AsciiJSON(openai_error(400, f"{param or 'body'}: {first['msg']}", "invalid_value", param), 400)
+
+
+def _of_the_whole_body(detail: dict, content_type: str) -> str | None:
+    """What is wrong with a body before anything in it, in words for people; None where a field is wrong."""
+    if detail["type"] == "json_invalid":
+        return f"this is no valid JSON: {detail['ctx']['error']}, at character {detail['loc'][-1]}"
+    if detail["loc"] != ["body"]:
+        return None
+    if detail["type"] == "missing":
+        return "a JSON object is missing here"
+    media = content_type.partition(";")[0].strip().lower()
+    if media != "application/json" and not media.endswith("+json"):
+        return f"JSON is read only under the header Content-Type: application/json, not {media or 'without'}"
+    return "this must be a JSON object"
 
 
 async def _on_crash(request: Request, error: Exception) -> Response:

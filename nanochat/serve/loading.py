@@ -13,6 +13,7 @@ _ONE_THREAD_BELOW = 4_000_000
 def load_replica(
     index: int,
     *,
+    count: int,
     source: str | None,
     device_type: str,
     model_tag: str | None,
@@ -21,7 +22,7 @@ def load_replica(
     max_batch: int,
     quantized: str = "none",
 ) -> Replica:
-    """Load the model of a stage for worker `index`, on the GPU of that number if there are GPUs.
+    """Load the model of a stage for worker `index` of `count`, on the GPU of that number if there are GPUs.
 
     Its matrices are quantised or not. Raises UserError if there is no such model or device, or the checkpoint is damaged.
     """
@@ -35,8 +36,9 @@ def load_replica(
     from nanochat.quantize import quantize
 
     device_type = device_type or autodetect_device_type()
-    if index and (device_type != "cuda" or index >= torch.cuda.device_count()):
-        raise UserError(f"--num-gpus asks for {index + 1} replicas, but there are not so many GPUs")
+    num_gpus = torch.cuda.device_count() if device_type == "cuda" else 0
+    if count > max(1, num_gpus):  # every worker finds it, and any may be the first to say it
+        raise UserError(f"--num-gpus={count}, but {num_gpus} GPUs can be used here; lower it")
     device = check_device(device_type, index)
     source = source or latest_stage()
     tag = model_tag or find_model_tag(stage_dir(source))

@@ -1,5 +1,6 @@
 // The server as the page sees it.
 
+import { t } from "./i18n.js";
 import { socketEvents } from "./socket.js";
 import { serverEvents } from "./sse.js";
 
@@ -13,8 +14,9 @@ export class ServerError extends Error {
   }
 }
 
+// Pasted keys bring spaces with them, and a header takes only ASCII: any other key is as wrong as one with a "?".
 export function setKey(key) {
-  sessionStorage.setItem(KEY, key);
+  sessionStorage.setItem(KEY, key.trim().replace(/[^!-~]/g, "?"));
 }
 
 function headers() {
@@ -34,15 +36,22 @@ export async function isReady() {
 
 // Yields the events of an answer, in the full dialect of POST /chat/completions whatever brings them.
 export async function* complete(body, signal, transport) {
-  const events = transport === "websocket"
-    ? socketEvents(body, sessionStorage.getItem(KEY), signal) : await posted(body, signal);
+  let begun = false;
   let finished = false;
-  for await (const event of events) {
-    if (event.error) throw new ServerError(event.status ?? 200, event.error.message, event.error.code);
-    finished ||= Boolean(event.done);
-    yield event;
+  try {
+    const events = transport === "websocket"
+      ? socketEvents(body, sessionStorage.getItem(KEY), signal) : await posted(body, signal);
+    for await (const event of events) {
+      if (event.error) throw new ServerError(event.status ?? 200, event.error.message, event.error.code);
+      begun = true;
+      finished ||= Boolean(event.done);
+      yield event;
+    }
+  } catch (error) {
+    if (!(error instanceof TypeError) || signal.aborted) throw error;
+    throw new ServerError(0, t(begun ? "broken" : "unreached")); // each browser has other words for it
   }
-  if (!finished) throw new ServerError(0, "the connection broke before the answer was complete", "broken");
+  if (!finished) throw new ServerError(0, t("broken"));
 }
 
 async function posted(body, signal) {

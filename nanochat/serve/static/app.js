@@ -8,7 +8,7 @@ import { t } from "./i18n.js";
 import { remark } from "./messages.js";
 import { Settings } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
-import { Conversations, asMarkdown } from "./store.js";
+import { Conversations, MAX_CONVERSATIONS, asMarkdown } from "./store.js";
 
 const STARTERS = ["Who are you?", "What is 27 + 58?", "How many r are in strawberry?", "Tell me a short story."];
 const POLL_MS = 2000;
@@ -70,12 +70,24 @@ function exportAll() {
 
 async function importFile(file) {
   try {
-    const count = conversations.import(await file.text());
-    remark(t("imported", count));
+    remark(importReport(conversations.import(await file.text())));
   } catch {
     remark(t("importFailed"));
   }
+  scrollToEnd();
   sidebar.render();
+}
+
+// Nothing of a file is left out without a word.
+function importReport({ taken, refused, others }) {
+  if (!taken && !refused.length) return t("importFailed");
+  const lines = [t("imported", taken)];
+  for (const why of new Set(refused.map((one) => one.why))) {
+    const titles = refused.filter((one) => one.why === why).map((one) => one.title || t("untitled"));
+    lines.push(t("notImported", titles.length, t(why, MAX_CONVERSATIONS), titles.slice(0, 5)));
+  }
+  if (others) lines.push(t("importOthers", others));
+  return lines.join("\n");
 }
 
 // --- the message field
@@ -265,7 +277,10 @@ function start() {
     byId("starters").append(starter);
   }
   byId("composer").addEventListener("submit", (event) => { event.preventDefault(); submit(); });
-  byId("import-file").addEventListener("change", (event) => importFile(event.target.files[0]));
+  byId("import-file").addEventListener("change", ({ target }) => {
+    if (target.files.length) importFile(target.files[0]);
+    target.value = ""; // so that the same file can be chosen again
+  });
   byId("scroller").addEventListener("scroll", showJump, { passive: true });
   input.addEventListener("input", fitInput);
   input.addEventListener("keydown", onInputKey);

@@ -10,7 +10,8 @@ const NUMBERS = { temperature: "temperature", topk: "top_k", topp: "top_p", maxt
 export function readCommand(line, { chat, settings, newConversation, exportConversation }) {
   if (!line.startsWith("/")) return line;
   if (line.startsWith("//")) return line.slice(1);
-  const [, name, rest] = /^\/(\S*)\s*([\s\S]*)$/.exec(line);
+  const [, word, rest] = /^\/(\S*)\s*([\s\S]*)$/.exec(line);
+  const name = word.toLowerCase();
   const simple = {
     help: () => remark(t("help")),
     new: newConversation,
@@ -23,7 +24,7 @@ export function readCommand(line, { chat, settings, newConversation, exportConve
   };
   if (name in NUMBERS) setNumber(settings, name, rest.trim());
   else if (Object.hasOwn(simple, name)) simple[name]();
-  else remark(t("unknownCommand", name));
+  else remark(t("unknownCommand", word));
   return null;
 }
 
@@ -39,7 +40,7 @@ function setNumber(settings, name, text) {
 }
 
 function setSystem(settings, text) {
-  if (text) settings.set("system", text);
+  if (text) settings.set("system", text.trim().toLowerCase() === "off" ? "" : text);
   remark(t("valueIs", t("system"), settings.get("system") || "\u2013"));
 }
 

@@ -16,7 +16,15 @@ const EN = {
   loseMessages: (n) => `This removes ${n} later messages. Go on?`,
   confirmDelete: "Delete this conversation?", newTitle: "Name of the conversation",
   loading: "The model is loading …", unreachable: "The server cannot be reached. Trying again …",
+  unreached: "The server cannot be reached. Look whether it is still running, then try again.",
+  broken: "The connection broke before the answer was complete. Look whether the server is still running, then try again.",
   askKey: "This server needs an API key:", imported: (n) => `${n} conversation${n === 1 ? "" : "s"} imported.`,
+  notImported: (n, why, titles) =>
+    `${n} not imported, ${why}: ${titles.map((one) => `“${one}”`).join(", ")}${n > titles.length ? " …" : ""}`,
+  importTooMany: (most) => `as at most ${most} are kept (delete some and import again)`,
+  importTooLong: "too long to be kept",
+  importNoRoom: "as the browser has no room for more (delete some and import again)",
+  importOthers: (n) => `${n} ${n === 1 ? "entry" : "entries"} of the file ${n === 1 ? "is no conversation" : "are no conversations"}.`,
   importFailed: "This file holds no conversations.", nothingToExport: "There is nothing to export yet.",
   extended: "The conversation is longer than the context that the model was trained with; the answer may be poor.",
   truncated: (n) => `The conversation is longer than the model's context: ${n} old messages were left out.`,
@@ -44,7 +52,7 @@ const EN = {
   unknownCommand: (name) => `/${name} is not a command; /help lists them. Start with // to send a slash.`,
   badValue: (name, low, high) => `/${name} takes a number from ${low} to ${high}.`,
   valueIs: (name, value) => `${name}: ${value}`,
-  help: "/temperature X  /topk N  /topp X  /maxtokens N  /seed N  /system TEXT: show or change a setting\n"
+  help: "/temperature X  /topk N  /topp X  /maxtokens N  /seed N  /system TEXT: show or change a setting; /system off: no text\n"
     + "/new, /clear: new conversation   /retry: another answer   /undo: take back the last exchange\n"
     + "/export: save as Markdown, /export json: to import again   /stats: about the last answer   //text: send text that starts with a slash",
   noStats: "No answer yet.",
@@ -64,7 +72,14 @@ const ZH = {
   loseMessages: (n) => `这会删除之后的 ${n} 条消息。继续吗？`,
   confirmDelete: "删除这个对话？", newTitle: "对话名称",
   loading: "模型正在加载……", unreachable: "无法连接服务器，正在重试……",
+  unreached: "无法连接服务器。请确认它仍在运行，然后重试。",
+  broken: "回答完成前连接中断。请确认服务器仍在运行，然后重试。",
   askKey: "此服务器需要 API 密钥：", imported: (n) => `已导入 ${n} 个对话。`,
+  notImported: (n, why, titles) => `${n} 个未导入（${why}）：${titles.map((one) => `“${one}”`).join("、")}${n > titles.length ? "……" : ""}`,
+  importTooMany: (most) => `最多保存 ${most} 个；请先删除一些再导入`,
+  importTooLong: "太长，无法保存",
+  importNoRoom: "浏览器空间不足；请先删除一些再导入",
+  importOthers: (n) => `文件中有 ${n} 项不是对话。`,
   importFailed: "文件中没有对话。", nothingToExport: "还没有可导出的内容。",
   extended: "对话超过了模型训练时的上下文长度，回答可能不太好。",
   truncated: (n) => `对话超过了模型的上下文长度，省略了 ${n} 条旧消息。`,
@@ -88,7 +103,7 @@ const ZH = {
   unknownCommand: (name) => `没有 /${name} 这个命令；/help 查看全部。以 // 开头可发送斜杠。`,
   badValue: (name, low, high) => `/${name} 需要 ${low} 到 ${high} 之间的数。`,
   valueIs: (name, value) => `${name}：${value}`,
-  help: "/temperature X  /topk N  /topp X  /maxtokens N  /seed N  /system 文本：查看或修改设置\n"
+  help: "/temperature X  /topk N  /topp X  /maxtokens N  /seed N  /system 文本：查看或修改设置；/system off：清空\n"
     + "/new、/clear：新对话   /retry：再答一次   /undo：撤回上一轮\n"
     + "/export：存为 Markdown，/export json：可再导入   /stats：上一个回答的数据   //文本：发送以斜杠开头的文本",
   noStats: "还没有回答。",

@@ -1,6 +1,8 @@
 // The other way to the model: one answer over a WebSocket, with the events that server-sent events bring.
 // It also tells how many others wait before us.
 
+import { t } from "./i18n.js";
+
 const CODES = { 1008: 401, 1009: 413, 1013: 503 };
 
 // Yields {queued}, {start}, {token}, {tool, text}, {done, ...} or {error, status}; whoever leaves stops the answer.
@@ -37,13 +39,16 @@ function asEvent({ type, position, phase, ...frame }) {
 async function* inbox(socket, signal) {
   const waiting = [];
   let wake = () => {};
+  let opened = false;
+  socket.addEventListener("open", () => { opened = true; });
   const put = (frame) => {
     waiting.push(frame);
     wake();
   };
   socket.addEventListener("message", ({ data }) => put(JSON.parse(data)));
   socket.addEventListener("close", ({ code, reason }) => {
-    put({ type: "error", status: CODES[code] ?? 0, error: { message: reason || `the connection closed (${code})` } });
+    const message = reason || `${t(opened ? "broken" : "unreached")} (WebSocket, ${code})`;
+    put({ type: "error", status: CODES[code] ?? 0, error: { message } });
   });
   signal.addEventListener("abort", () => wake());
   for (;;) {

@@ -5,7 +5,7 @@
 
 const CONVERSATION = "nanochat.conversation.";
 const SETTINGS = "nanochat.settings";
-const MAX_CONVERSATIONS = 200;
+export const MAX_CONVERSATIONS = 200;
 const MAX_CHARS = 2000000; // of one conversation: browsers give about five million for all
 
 export const newId = () => crypto.getRandomValues(new Uint32Array(3)).reduce((id, n) => id + n.toString(36), "");
@@ -81,12 +81,32 @@ export class Conversations {
     } catch { /* a private window kept nothing */ }
   }
 
-  // Returns how many were taken; what does not look like a conversation is left out.
+  // Takes the newest first, as long as nothing that is here has to give way. Returns
+  // {taken, refused: [{title, why}], others}: how many, which not, and how many entries were no conversations.
   import(text) {
     const value = JSON.parse(text);
-    const found = (Array.isArray(value) ? value : [value]).filter(isConversation);
-    for (const one of found) this.#put({ ...one, id: newId() });
-    return found.length;
+    const entries = Array.isArray(value) ? value : [value];
+    const found = entries.filter(isConversation).sort((a, b) => b.updated - a.updated);
+    const refused = [];
+    for (const one of found) {
+      const why = this.#add({ ...one, id: newId() });
+      if (why) refused.push({ title: one.title, why });
+    }
+    return { taken: found.length - refused.length, refused, others: entries.length - found.length };
+  }
+
+  // Returns why it was not added: a key of the page's words, or nothing.
+  #add(conversation) {
+    const text = JSON.stringify(conversation);
+    if (text.length > MAX_CHARS) return "importTooLong";
+    if (this.all.length >= MAX_CONVERSATIONS) return "importTooMany";
+    try {
+      localStorage.setItem(CONVERSATION + conversation.id, text);
+    } catch {
+      return "importNoRoom";
+    }
+    this.all = [...this.all, conversation];
+    return "";
   }
 
   #put(conversation) {
@@ -144,8 +164,12 @@ function searchText(conversation) {
   return [conversation.title, ...conversation.messages.map(textOf)].join("\n").toLowerCase();
 }
 
-// The conversation as the server wants it.
-export const asMessages = (messages) => messages.map((message) => (
+const hasFailed = (message) => message?.role === "assistant" && answerOf(message).error && !answerOf(message).parts.length;
+
+// The conversation as the server wants it, without questions that only failed: a refused one would fail every later one.
+export const asMessages = (messages) => messages.filter(
+  (message, index) => !hasFailed(message) && !hasFailed(messages[index + 1]),
+).map((message) => (
   message.role === "user" ? { role: "user", content: message.content }
     : { role: "assistant", content: answerOf(message).parts }
 ));
