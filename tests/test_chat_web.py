@@ -369,7 +369,7 @@ def test_an_import_drops_nothing_without_a_word(one_page):
 
     page.evaluate(
         "all => all.forEach((one) => localStorage.setItem(`nanochat.conversation.${one.id}`, JSON.stringify(one)))",
-        [talk(f"own {i}") for i in range(198)],
+        [talk(f"own {i}", updated=int(i > 0)) for i in range(198)],
     )
     page.reload()
     large = talk("large", "x" * 2_000_001, 9)
@@ -384,6 +384,12 @@ def test_an_import_drops_nothing_without_a_word(one_page):
     page.reload()
     kept = page.locator(".entry").all_inner_texts()
     assert set(kept) == {f"own {i}" for i in range(198)} | {"new 9", "new 8"} and len(kept) == 200
+    page.fill("#input", "one more")
+    page.click("#send")
+    finished(page, 1)
+    assert "\u201cown 0\u201d, the oldest, was deleted" in page.inner_text(".remark")
+    kept = page.locator(".entry").all_inner_texts()
+    assert len(kept) == 200 and "one more" in kept and "own 0" not in kept
     page.evaluate("localStorage.clear(), localStorage.setItem('filler', 'x'.repeat(5242870))")
     page.reload()
     assert "as the browser has no room for more" in load(talk("new")) and page.locator(".entry").count() == 0

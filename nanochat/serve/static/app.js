@@ -15,7 +15,7 @@ const POLL_MS = 2000;
 
 const input = byId("input");
 const narrow = matchMedia("(max-width: 900px)"); // as in style.css: sidebar and settings lie over the page
-const conversations = new Conversations(onOtherTab);
+const conversations = new Conversations(onOtherTab, ({ title }) => remark(t("gaveWay", title || t("untitled"))));
 const settings = new Settings((name) => {
   if (["plain", "probabilities", "language", "all"].includes(name) && !chat.busy) chat.draw();
   if (name === "theme" || name === "all") showTheme();

@@ -36,9 +36,10 @@ function storedConversations() {
 }
 
 export class Conversations {
-  // onChange(id) is called when another tab changed or removed a conversation.
-  constructor(onChange) {
+  // onChange(id) is called when another tab changed or removed a conversation, onDrop(conversation) when one gave way.
+  constructor(onChange, onDrop) {
     this.all = storedConversations();
+    this.onDrop = onDrop;
     addEventListener("storage", ({ key, newValue }) => {
       if (!key?.startsWith(CONVERSATION)) return;
       const id = key.slice(CONVERSATION.length);
@@ -111,7 +112,7 @@ export class Conversations {
 
   #put(conversation) {
     this.all = [...this.all.filter((one) => one.id !== conversation.id), conversation];
-    while (this.all.length > MAX_CONVERSATIONS) this.remove(this.#oldest(conversation).id);
+    while (this.all.length > MAX_CONVERSATIONS) this.#drop(this.#oldest(conversation));
     const text = JSON.stringify(conversation);
     if (text.length > MAX_CHARS) return false;
     for (;;) {
@@ -121,9 +122,14 @@ export class Conversations {
       } catch {
         const oldest = this.#oldest(conversation);
         if (!oldest || read(CONVERSATION + oldest.id, null) === null) return false; // no storage at all
-        this.remove(oldest.id); // storage is full
+        this.#drop(oldest); // storage is full
       }
     }
+  }
+
+  #drop(conversation) {
+    this.remove(conversation.id);
+    this.onDrop(conversation);
   }
 
   #oldest(butFor) {
