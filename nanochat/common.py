@@ -87,16 +87,24 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def make_folder(path: Path) -> None:
+    """Create a folder and those above it where they are missing; a UserError if that is impossible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {path}: {error.strerror}") from None
+
+
 @contextmanager
 def whole_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Open a file that appears whole or not at all: temporary sibling, fsync, rename."""
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create {path.parent}: {error.strerror}") from None
+    make_folder(path.parent)
     encoding = None if "b" in mode else "utf-8"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
     try:
         os.chmod(temporary, 0o666 & ~_umask())
         with os.fdopen(handle, mode, encoding=encoding) as file:

@@ -26,7 +26,8 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +35,7 @@ from nanochat.common import UserError
 
 ConfigT = TypeVar("ConfigT")
 # What a disk, not this program, is to blame for.
-_NO_ROOM = {errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS}
+_NO_ROOM = {errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS}
 
 
 def option(
@@ -64,17 +65,30 @@ def run(
     argv: Sequence[str] | None = None,
     name: str = "",
 ) -> None:
-    """Parse the command line and call main; a UserError becomes one line on stderr and exit status 2.
+    """Parse the command line and call main; errors end as ending_well says.
 
     name: what follows `python -m` in the help, where that is not the module of the config class.
     """
     look_for_garbage_rarely()
-    try:
+    with ending_well():
         main(parse(config_class, sys.argv[1:] if argv is None else argv, main.__doc__ or "", name))
+
+
+@contextmanager
+def ending_well() -> Iterator[None]:
+    """What the user or the disk is to blame for becomes one line on stderr and exit status 2, Ctrl-C status 130.
+
+    Where the reader of stdout, such as `head`, has enough of it, the process ends with status 141 and says nothing.
+    """
+    try:
+        yield
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+            sys.exit(141)  # 128 + SIGPIPE, as of programs that the signal ends
         if error.errno not in _NO_ROOM:
             raise
         print(f"error: {error.filename or 'cannot write'}: {error.strerror}", file=sys.stderr, flush=True)
@@ -82,6 +96,16 @@ def run(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def _stdout_is_closed() -> bool:
+    """Whether nobody reads stdout any more, which an empty line tells; what is still to be written is then dropped."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def look_for_garbage_rarely() -> None:

@@ -26,7 +26,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanochat import environment
-from nanochat.common import UserError, get_base_dir, get_dist_info, print0, read_json, whole_file, write_json
+from nanochat.common import (
+    UserError,
+    get_base_dir,
+    get_dist_info,
+    make_folder,
+    print0,
+    read_json,
+    whole_file,
+    write_json,
+)
+from nanochat.configurator import ending_well
 from nanochat.report_html import html_report
 from nanochat.report_render import (
     Item,
@@ -64,7 +74,7 @@ class Report:
         """folder holds the sections; checkpoints (default: its parent) holds `<stage>_checkpoints`."""
         self.folder = folder
         self.base = checkpoints or folder.parent
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
 
     # --- one run -------------------------------------------------------------------------------------
 
@@ -388,17 +398,17 @@ def main(argv: Sequence[str]) -> None:
         report.reset()
         print(f"the report begins anew: {report.folder}")
     elif action == "json":
-        print(json.dumps(read_json(report.folder / "report.json")))
+        print(json.dumps(read_json(_generated(report.folder / "report.json"))))
     else:
-        path = report.folder / "report.md"
-        if not path.exists():
-            raise UserError(f"{path} does not exist; run: python -m nanochat.report generate")
-        print(path.read_text(encoding="utf-8"), end="")
+        print(_generated(report.folder / "report.md").read_text(encoding="utf-8"), end="")
+
+
+def _generated(path: Path) -> Path:
+    if not path.exists():
+        raise UserError(f"{path} does not exist; run: python -m nanochat.report generate")
+    return path
 
 
 if __name__ == "__main__":
-    try:
+    with ending_well():
         main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -19,6 +19,7 @@ from nanochat.report_html import figure, html_table, page, score_cell
 from nanochat.report_render import CHANCE, TASKS, format_seconds, format_value, score_text, table
 
 MISSING = "-"
+_GENERATE = "write it with that base folder as NANOCHAT_BASE_DIR: python -m nanochat.report generate"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     while len({base.parts[-depth:] for base in bases}) < len(bases):
         depth += 1
     names = ["/".join(base.parts[-depth:]) for base in bases]
-    return [Run(name, base, read_json(file)) for name, base, file in zip(names, bases, files, strict=True)]
+    return [Run(name, base, _read(file)) for name, base, file in zip(names, bases, files, strict=True)]
 
 
 def _first_repeated(bases: Sequence[Path]) -> Path:
@@ -87,7 +88,15 @@ def _report_file(path: Path) -> Path:
     for candidate in (path, path / "report.json", path / "report" / "report.json"):
         if candidate.is_file():
             return candidate
-    raise UserError(f"no report.json in {path}; run there: python -m nanochat.report generate")
+    raise UserError(f"no report.json in {path}; {_GENERATE}")
+
+
+def _read(file: Path) -> Mapping:
+    report = read_json(file)
+    needed = ("header", "sections", "summary", "stage_seconds", "wall_clock_seconds", "cost_usd")
+    if lacking := [name for name in needed if name not in report]:
+        raise UserError(f"{file} is no whole report, it lacks {', '.join(lacking)}; {_GENERATE}")
+    return report
 
 
 # --- what is compared --------------------------------------------------------------------------------

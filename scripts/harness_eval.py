@@ -48,10 +48,16 @@ def main(cfg: Config) -> None:
         raise UserError(
             f"--tasks: the harness has no {', '.join(unknown)}; --include-path adds tasks of your own"
         )
-    found = simple_evaluate(
-        model=NanochatLM(model, tokenizer), tasks=list(names), task_manager=manager,
-        num_fewshot=cfg.num_fewshot, limit=cfg.limit, apply_chat_template=cfg.chat, log_samples=False,
-    )  # fmt: skip
+    try:
+        found = simple_evaluate(
+            model=NanochatLM(model, tokenizer), tasks=list(names), task_manager=manager,
+            num_fewshot=cfg.num_fewshot, limit=cfg.limit, apply_chat_template=cfg.chat, log_samples=False,
+        )  # fmt: skip
+    except (ConnectionError, FileNotFoundError) as error:
+        raise UserError(
+            f"the data of --tasks={cfg.tasks} cannot be loaded: {error}; it needs the network, HF_ENDPOINT set to a"
+            " mirror, or local files"
+        ) from None
     assert found is not None, "only ranks other than 0 get nothing"
     print(make_table(found))
     path = Path(directory) / f"harness_{step:06d}.json"

@@ -35,7 +35,7 @@ class Config(WhichWeights):
     depth: int = option(12, "random: layers")
     n_embd: int = option(0, "random: width; 0 follows from the depth")
     vocab_size: int = option(32768, "random: vocabulary")
-    sequence_len: int = option(2048, "random: context")
+    sequence_len: int = option(2048, "random: context", least=4)  # two tokens to read and two to write
     # --- what is generated
     prompt_tokens: int = option(2048, "prompt length; what does not fit the context is cut")
     decode_tokens: int = option(256, "new tokens per row; half the context where that is smaller", least=2)

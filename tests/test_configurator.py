@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -137,6 +140,16 @@ def test_a_disk_that_refuses_is_one_line(capsys):
         run(Config, main, [])
     assert exit.value.code == 2
     assert capsys.readouterr().err == "error: /there/file: Read-only file system\n"
+
+
+@pytest.mark.parametrize("size", [10, 300_000])  # kept in the buffer, and larger than it and the pipe
+def test_a_reader_that_has_enough_ends_the_process_without_a_word(size):
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = f"from nanochat.configurator import ending_well\nwith ending_well(): print('x' * {size})"
+    done = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_help_shows_every_option_with_its_default(capsys):

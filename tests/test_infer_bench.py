@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nanochat.common import UserError, read_json
+from nanochat.configurator import parse
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.load_bench import distribution, make_clients, serve
 from nanochat.roofline import ModelCost, peak_bandwidth, percentile
@@ -181,6 +182,12 @@ def test_a_context_shorter_than_the_answer_halves_it(capsys):
 
 def test_percentiles():
     assert [percentile([4.0, 1.0, 3.0, 2.0], share) for share in (0, 0.5, 0.99, 1)] == [1, 3, 4, 4]
+
+
+def test_a_context_needs_room_for_two_tokens_to_read_and_two_to_write(capsys):
+    assert measured(capsys, sequence_len=4, batch_sizes="1", repeats=1)["sweep"][0]["decode_steps"] == 1
+    with pytest.raises(UserError, match="sequence_len must be at least 4, not 3"):
+        parse(Config, ["--sequence-len=3"])
 
 
 @pytest.mark.parametrize(

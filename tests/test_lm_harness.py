@@ -220,5 +220,9 @@ def test_the_command_saves_results_beside_the_checkpoint(subject, tmp_path, monk
     assert "local_chat" in capsys.readouterr().out
     saved = read_json(folder / "harness_000003.json")
     assert saved["settings"]["limit"] == 2 and "exact_match,none" in saved["results"]["local_chat"]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "far.yaml").write_text("task: far\ndataset_path: nobody/nothing\ntest_split: test\n")
+    with pytest.raises(UserError, match="the data of --tasks=far cannot be loaded: Couldn't reach"):
+        harness_eval.main(harness_eval.Config(tasks="far", **options))
     with pytest.raises(UserError, match="has no nonsense"):
         harness_eval.main(harness_eval.Config(tasks="nonsense", **options))

@@ -401,6 +401,14 @@ def test_command_line(report, tmp_path, capsys):
     assert "summary" in json.loads(capsys.readouterr().out)
 
 
+def test_a_folder_that_cannot_be_is_one_line(tmp_path, capfd):
+    (tmp_path / "report").write_text("")
+    environment = {"PATH": "", "NANOCHAT_BASE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "nanochat.report", "generate"]
+    assert subprocess.run(command, env=environment, cwd=ROOT, timeout=60).returncode == 2
+    assert capfd.readouterr().err == f"error: cannot create {tmp_path / 'report'}: File exists\n"
+
+
 def test_nothing_to_report_leaves_an_older_report_alone(report, tmp_path):
     (tmp_path / "report.md").write_text("of another run")
     with pytest.raises(UserError, match=f"nothing to report: no stage has finished in {tmp_path}"):

@@ -100,6 +100,9 @@ def test_errors_are_one_line(runs, tmp_path):
         compare(runs[:1], tmp_path)
     with pytest.raises(UserError, match=r"no report\.json in .*nothing"):
         compare([runs[0], tmp_path / "nothing"], tmp_path)
+    write_json(tmp_path / "report.json", {})
+    with pytest.raises(UserError, match=r"report\.json is no whole report, it lacks header, "):
+        compare([runs[0], tmp_path], tmp_path)
     with pytest.raises(UserError, match="named twice"):
         compare([runs[0], runs[0] / "report"], tmp_path)
 
