@@ -99,12 +99,8 @@ def make_folder(path: Path) -> None:
 def whole_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Open a file that appears whole or not at all: temporary sibling, fsync, rename."""
     path = Path(path)
-    make_folder(path.parent)
     encoding = None if "b" in mode else "utf-8"
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    handle, temporary = _temporary_beside(path)
     try:
         os.chmod(temporary, 0o666 & ~_umask())
         with os.fdopen(handle, mode, encoding=encoding) as file:
@@ -118,6 +114,26 @@ def whole_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         if isinstance(error, OSError) and error.errno is not None and error.filename in (None, temporary):
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
         raise
+
+
+def check_writable(path: str | Path) -> None:
+    """UserError if whole_file could not write there: before work that takes minutes, not after it."""
+    handle, temporary = _temporary_beside(Path(path))
+    os.close(handle)
+    os.unlink(temporary)
+
+
+def _temporary_beside(path: Path) -> tuple[int, str]:
+    """(handle, path) of a new file in the folder of path, which is created if missing."""
+    if os.path.exists(path) and not os.path.isfile(
+        path
+    ):  # a folder, or a device, in whose place a file would come
+        raise UserError(f"cannot write {path}: it is not a file")
+    make_folder(path.parent)
+    try:
+        return tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _umask() -> int:

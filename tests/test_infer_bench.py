@@ -191,9 +191,23 @@ def test_a_context_needs_room_for_two_tokens_to_read_and_two_to_write(capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [(dict(batch_sizes="0"), "batch-sizes"), (dict(repeats=0), "repeats")],
+    ("flags", "message"),
+    [
+        ("--batch-sizes=0", "batch-sizes"), ("--repeats=0", "repeats must be at least 1"),
+        ("--decode-tokens=1", "at least 2"), ("--prompt-tokens=0", "at least 1"), ("--clients=-2", "at least 0"),
+        ("--prefill-lengths=5,x", "--prefill-lengths='5,x' must be"), ("--arrivals=foo", "--arrivals: 'foo' is no"),
+        ("--load-prompts=uniform:9", "--load-prompts: 'uniform:9' is no"), ("--load-tokens=", "--load-tokens: '' is"),
+        ("--json=/dev/null/x", "cannot create /dev/null"), ("--json=/dev/null", "/dev/null: it is not a file"),
+    ],
 )  # fmt: skip
-def test_wrong_options_are_one_line(options, message):
+def test_wrong_options_are_one_line_before_anything_is_measured(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr("nanochat.roofline.measured_bandwidth", lambda device: pytest.fail("it measures"))
     with pytest.raises(UserError, match=message):
-        main(Config(**{**TINY, **options}))
+        main(parse(Config, ["--source=random", "--device-type=cpu", flags]))
+    assert capsys.readouterr().out == ""
+
+
+def test_what_eight_bits_save_is_said(capsys):
+    main(Config(**{**TINY, "quantize": "int8", "n_embd": 128, "batch_sizes": "1", "repeats": 1}))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("int8 weights: ") and json.loads(said[-1])["note"] == said[0]
