@@ -1,7 +1,7 @@
 """The training report: every stage logs a section, `generate` makes report.md, .html, .json and the plots.
 
     python -m nanochat.report [generate|reset|show|json]
-    python -m nanochat.report compare RUN RUN...     # several runs side by side, in compare.md and compare.html
+    python -m nanochat.report compare RUN RUN...     # several runs side by side, in compare.md and .html here
 
 `<base>/report` holds header.md, run.json, and per section <slug>.md (to read) and <slug>.json (to compute
 with). Metrics come from the JSON only: model output that looks like a metric line changes nothing.

@@ -7,13 +7,14 @@ A run is named by its base folder, its report folder or its report.json.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from nanochat.common import UserError, read_json, whole_file
+from nanochat.common import UserError, print0, read_json, whole_file
 from nanochat.options import STAGES
 from nanochat.report_html import figure, html_table, page, score_cell
 from nanochat.report_render import CHANCE, TASKS, format_seconds, format_value, score_text, table
@@ -61,27 +62,30 @@ def compare(paths: Sequence[Path], folder: Path) -> str:
         file.write(text)
     with whole_file(folder / "compare.html", "w") as file:
         file.write(_html(runs))
+    print0(f"written: {folder / 'compare.md'} and compare.html", file=sys.stderr)
     return text
 
 
 _LEGEND = "In brackets: 95 % intervals. **Bold**: better than all others beyond both intervals.\n"
 
 
+_SAME_SETTINGS = "All runs have the same settings."
+
+
 def load_runs(paths: Sequence[Path]) -> list[Run]:
     """The reports at these places, named by the shortest ends of their paths that differ."""
     files = [_report_file(path) for path in paths]
-    bases = [file.resolve().parent.parent for file in files]
-    if len(set(bases)) < len(bases):
-        raise UserError(f"compare: {_first_repeated(bases)} is named twice")
+    files = [file.resolve() for file in files]
+    if repeated := next((file for place, file in enumerate(files) if file in files[:place]), None):
+        raise UserError(f"compare: {repeated} is named twice")
+    bases, folders = [file.parent.parent for file in files], [file.parent for file in files]
+    # A base folder may hold more than one report, and a folder copies of report.json under other names.
+    places = next(each for each in (bases, folders, files) if len(set(each)) == len(each))
     depth = 1
-    while len({base.parts[-depth:] for base in bases}) < len(bases):
+    while len({place.parts[-depth:] for place in places}) < len(places):
         depth += 1
-    names = ["/".join(base.parts[-depth:]) for base in bases]
+    names = ["/".join(place.parts[-depth:]) for place in places]
     return [Run(name, base, _read(file)) for name, base, file in zip(names, bases, files, strict=True)]
-
-
-def _first_repeated(bases: Sequence[Path]) -> Path:
-    return next(base for place, base in enumerate(bases) if base in bases[:place])
 
 
 def _report_file(path: Path) -> Path:
@@ -182,7 +186,7 @@ def _scores(runs: Sequence[Run]) -> str:
 def _settings(runs: Sequence[Run]) -> list[str]:
     rows = [[section, key, *shown] for section, key, shown in differing_settings(runs)]
     if not rows:
-        return ["## Settings\n", "All runs have the same settings.\n"]
+        return ["## Settings\n", f"{_SAME_SETTINGS}\n"]
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     return ["## Settings that differ\n", table(["Stage", "Setting", *(run.name for run in runs)], cells)]
 
@@ -201,9 +205,6 @@ def _html(runs: Sequence[Run]) -> str:
             [metric, stage.upper(), *marked, f"{CHANCE[metric]:.0%}" if metric in CHANCE else MISSING]
         )
     overview = [[escape(key), *(escape(fact[key]) for fact in facts)] for key in facts[0]]
-    settings = [
-        [escape(c) for c in (section, key, *shown)] for section, key, shown in differing_settings(runs)
-    ]
     parts = [
         html_table(["", *names], overview),
         "<h2>Scores</h2>",
@@ -213,17 +214,29 @@ def _html(runs: Sequence[Run]) -> str:
         '<p class="muted">Below a score: its 95 % interval. Bold: better than all others beyond both intervals.</p>'
     )
     parts += ["<h2>Curves</h2>", *_curves(runs)]
-    parts += ["<h2>Settings that differ</h2>", html_table(["Stage", "Setting", *names], settings)]
+    parts += _settings_html(runs)
     return page("nanochat runs compared", "\n".join(parts))
+
+
+def _settings_html(runs: Sequence[Run]) -> list[str]:
+    rows = [[escape(c) for c in (section, key, *shown)] for section, key, shown in differing_settings(runs)]
+    if not rows:
+        return ["<h2>Settings</h2>", f"<p>{_SAME_SETTINGS}</p>"]
+    heads = ["Stage", "Setting", *(run.name for run in runs)]
+    return ["<h2>Settings that differ</h2>", html_table(heads, rows)]
 
 
 def _curves(runs: Sequence[Run]) -> list[str]:
     from nanochat.plots import find_metrics, save
     from nanochat.plots_compared import compared_figures
 
+    # Where a base folder has several reports, its curves are of the run that began last.
+    last = {run.base: run for run in sorted(runs, key=lambda run: run.report["header"].get("started", ""))}
     shown = []
     with TemporaryDirectory() as scratch:
-        figures = compared_figures({run.name: find_metrics(run.base) for run in runs})
+        figures = compared_figures(
+            {run.name: find_metrics(run.base) if run is last[run.base] else {} for run in runs}
+        )
         for place, (caption, drawing) in enumerate(figures):
             path = Path(scratch) / f"{place}.png"
             save(drawing, path)
