@@ -81,10 +81,9 @@ def fetch_files(cfg: FetchConfig) -> None:
 
 
 def _fetch_hub(named: PretrainingSet, cfg: FetchConfig) -> None:
-    wanted = named.last_shard if cfg.num_files < 0 else min(cfg.num_files, named.last_shard)
-    indices, folder = [*range(wanted), named.last_shard], named.path
+    indices, folder = named.shards(cfg.num_files), named.path
     print(
-        f"data source: hub, {named.name}: {wanted} training shards and the validation shard into {folder}\n"
+        f"data source: hub, {named.name}: {len(indices) - 1} training shards and the validation shard into {folder}\n"
         f"{named.summary}; licence: {named.licence}", flush=True,
     )  # fmt: skip
     missing = [index for index in indices if not (folder / named.file_name(index)).exists()]

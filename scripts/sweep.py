@@ -15,9 +15,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nanochat.common import UserError, data_source, get_base_dir, read_json, whole_file
 from nanochat.configurator import option, run
+
+if TYPE_CHECKING:
+    from nanochat.environment import Gpu
+    from nanochat.pipeline import Stage
 
 MINISERIES_COLUMNS = (
     "depth", "model_dim", "num_params", "num_scaling_params", "num_iterations", "tokens_trained",
@@ -37,9 +42,9 @@ class Config:
     depths: str = option("", "depths, separated by commas (default: 12,14,...,26; scaling: 10,12,...,20)")
     flops: str = option("1e18,2.15e18,4.64e18,1e19", "FLOPs budgets of the scaling laws")
     train_args: str = option("", "more flags for every base_train, in quotes")
-    num_shards: int = option(1000, "pretraining shards to download first")
+    num_shards: int = option(1000, "pretraining shards to download first (hub data)", least=1)
     skip_setup: bool = option(False, "data and tokenizer are there already (also SKIP_SETUP=1)")
-    dry_run: bool = option(False, "print the runs and stop")
+    dry_run: bool = option(False, "print the runs with sizes and expected times, and stop")
     force: bool = option(False, "repeat finished runs")
 
 
@@ -58,17 +63,26 @@ def main(cfg: Config) -> None:
 
     from nanochat.environment import gpus
     from nanochat.pipeline import Markers, describe, run_plan, to_run
+    from scripts.speedrun import check_disk, check_hub
 
     base = get_base_dir()
     series = cfg.series or os.environ.get("SERIES_NAME") or time.strftime("%b%d").lower()
     runs = sweep_runs(cfg.kind, series, cfg.depths, cfg.flops)
-    plan = sweep_plan(cfg, series, runs, num_processes(len(gpus())), (base / "tokenizer").exists())
+    found = gpus()
+    ranks = num_processes(len(found))
+    speed = expected_speed(found, ranks)
+    plan = sweep_plan(cfg, series, runs, ranks, (base / "tokenizer").exists(), speed)
     folder = base / f"{series}_{cfg.kind}_results"
+    pending = to_run(plan.stages, Markers(folder / "run"), force=cfg.force)
+    free = shutil.disk_usage(base).free
+    hub = check_hub(plan.environment, [stage.name for stage in pending])
+    problems = [text for text in (hub, check_disk(plan.disk_bytes, free, base)) if text]
     if cfg.dry_run:
-        free = shutil.disk_usage(base).free
-        pending = to_run(plan.stages, Markers(folder / "run"), force=cfg.force)
         print(describe(plan, plan.stages, pending, folder=folder, free_bytes=free))
+        print("", *(f"problem: {text}" for text in problems), "dry run: nothing was started", sep="\n")
         return
+    if problems:
+        raise UserError("; ".join(problems))
     run_plan(
         plan, folder / "run", folder, force=cfg.force,
         after_stage=lambda stage: write_rows(folder / "results.csv", cfg.kind, runs, base),
@@ -107,27 +121,118 @@ def _numbers(text: str, kind: type, flag: str) -> list:
         raise UserError(f"{flag}={text} must be numbers separated by commas") from None
 
 
-def sweep_plan(cfg: Config, series: str, runs: Sequence[Run], ranks: int, has_tokenizer: bool):
+def sweep_plan(
+    cfg: Config, series: str, runs: Sequence[Run], ranks: int, has_tokenizer: bool, speed: Speed
+):  # fmt: skip
     """Data and tokenizer unless they exist, then one stage per run."""
     from nanochat.pipeline import Plan, Stage
-    from nanochat.plans import Launcher
-    from nanochat.sizing import SHARD_BYTES
+    from nanochat.plans import DOWNLOAD_BYTES_PER_S, Launcher
 
-    stages = []
+    stages, disk_bytes = [], 0
     if not cfg.skip_setup and os.environ.get("SKIP_SETUP") != "1":
-        shards = ("python", "-m", "nanochat.dataset", "-n", str(cfg.num_shards))
-        stages.append(Stage("data", f"{cfg.num_shards} shards of pretraining text", shards, 3600))
+        data, disk_bytes = data_stage(cfg.num_shards)
+        stages += [data] if data else []
         if not has_tokenizer:  # an existing one belongs to models in this folder
             train = ("python", "-m", "scripts.tok_train")
             stages.append(Stage("tok_train", "learn the vocabulary", train, 120))
+    vocab_size = vocabulary()
     for one in runs:
-        command = Launcher(ranks, one.tag).command("scripts.base_train", shlex.split(train_flags(cfg, one)))
+        flags = _words(train_flags(cfg, one), cfg)
+        flops, checkpoint = cost(flags, vocab_size, ranks)
+        command = Launcher(ranks, one.tag).command("scripts.base_train", flags)
         about = f"depth {one.depth}" + (f" at {one.flops_budget} FLOPs" if one.flops_budget else "")
-        stages.append(Stage(one.tag, about, command, 3600, resumable=True))
+        stages.append(Stage(one.tag, about, command, flops / speed.flops, resumable=True))
+        disk_bytes += checkpoint
     return Plan(
         f"{series}_{cfg.kind}", f"{len(runs)} runs on {ranks} ranks", tuple(stages),
-        {"NANOCHAT_DATA": data_source()}, disk_bytes=cfg.num_shards * SHARD_BYTES if stages else 0,
+        {"NANOCHAT_DATA": data_source()},
+        {"times": f"training at {speed}, downloads at {DOWNLOAD_BYTES_PER_S / 1e6:.0f} MB/s; evaluations left out"},
+        disk_bytes,
     )  # fmt: skip
+
+
+def data_stage(num_shards: int) -> tuple[Stage | None, int]:
+    """What fetches or generates the training text, None where all is there; and the bytes of the whole text."""
+    from nanochat.dataset import data_sets_in_use, list_parquet_files
+    from nanochat.manifests import TINYWORLD
+    from nanochat.pipeline import Stage
+    from nanochat.plans import DOWNLOAD_BYTES_PER_S
+    from nanochat.tinyworld import DEFAULT_CHARS
+
+    python = ("python", "-m", "nanochat.dataset")
+    sets = list(data_sets_in_use())
+    if sets == [TINYWORLD]:  # which may be of another seed, and then stays as it is
+        there = list_parquet_files(TINYWORLD.path)
+        return None if there else Stage("data", "generate the embedded text", python, 5), DEFAULT_CHARS
+    hub = [named for named in sets if named.repo]  # one's own text is there
+    wanted = [(named, index) for named in hub for index in named.shards(num_shards)]
+    missing = sum(
+        named.shard_bytes for named, index in wanted if not (named.path / named.file_name(index)).exists()
+    )
+    about = f"{num_shards:,} shards of {' and of '.join(named.name for named in hub)}"
+    stage = Stage("data", about, (*python, "-n", str(num_shards)), missing / DOWNLOAD_BYTES_PER_S)
+    return stage if missing else None, sum(named.shard_bytes for named, _ in wanted)
+
+
+# --- what the runs take ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """FLOP/s that training is expected to reach on all ranks together, and where that is known from."""
+
+    flops: float
+    source: str
+
+    def __str__(self) -> str:
+        return f"about {self.flops / 1e12:.3g} TFLOP/s ({self.source})"
+
+
+def expected_speed(found: Sequence[Gpu], ranks: int) -> Speed:
+    """By the names of the GPUs; without one measured here, where all ranks share the processor."""
+    from nanochat.common import autodetect_device_type, check_device, compute_dtype, peak_flops
+    from nanochat.dry_run import training_speed
+    from nanochat.plans import training_flops
+
+    if found:
+        name = found[0].name
+        known = "by its data sheet" if peak_flops(name) else "a guess, its data sheet is unknown"
+        return Speed(ranks * training_flops(found[:1]), f"{ranks} x {name}, {known}")
+    device = check_device(autodetect_device_type())
+    return Speed(training_speed(device, compute_dtype(device)[0]), f"{device.type}, measured now")
+
+
+def cost(flags: Sequence[str], vocab_size: int, ranks: int) -> tuple[float, int]:
+    """(FLOPs of training, bytes of the checkpoint) of base_train with these flags; a UserError if it would refuse them."""
+    from nanochat.configurator import parse
+    from nanochat.scaling import accumulation_steps
+    from nanochat.sizing import checkpoint_bytes, flops_per_token
+    from scripts import base_train
+
+    settings = parse(base_train.Config, flags)
+    config = base_train.network(settings, vocab_size)
+    horizon = base_train.plan_run(settings, config, ranks)
+    if settings.device_batch_size is not None:
+        accumulation_steps(horizon.total_batch_size, settings.device_batch_size, settings.max_seq_len, ranks)
+    return flops_per_token(config) * horizon.num_tokens, checkpoint_bytes(config)
+
+
+def vocabulary() -> int:
+    """Size of the vocabulary that is here, or of the one that tok_train would learn."""
+    from nanochat.tokenizer import get_tokenizer
+    from scripts import tok_train
+
+    try:
+        return get_tokenizer().get_vocab_size()
+    except UserError:
+        return tok_train.Config().vocab_size
+
+
+def _words(flags: str, cfg: Config) -> list[str]:
+    try:
+        return shlex.split(flags)
+    except ValueError as error:
+        raise UserError(f"--train-args={cfg.train_args!r}: {error}") from None
 
 
 def train_flags(cfg: Config, one: Run) -> str:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from nanochat.common import UserError, write_json
 from nanochat.configurator import parse
+from nanochat.environment import Gpu
 from scripts import sweep
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
-    for name in ("NANOCHAT_DATA", "WANDB_RUN", "NPROC_PER_NODE", "SKIP_SETUP", "SERIES_NAME"):
+    for name in ("NANOCHAT_DATA", "WANDB_RUN", "NPROC_PER_NODE", "SKIP_SETUP", "SERIES_NAME", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -26,6 +28,9 @@ SUMMARY = {
     "tokens_trained": 1_101_009_120, "total_batch_size": 524288, "val_bpb": 0.9, "core_score": None,
     "train_time_sec": 12.5, "flops": 1e18,
 }  # fmt: skip
+
+
+SPEED = sweep.Speed(1e12, "for tests")
 
 
 def test_sweep_runs():
@@ -54,10 +59,58 @@ def test_flags_of_sweeps_exist_and_the_users_win(kind):
 
 def test_setup_stages_are_left_out_when_they_are_done():
     runs = sweep.sweep_runs("miniseries", "s", "12", "")
-    names = [sweep.sweep_plan(cfg, "s", runs, 1, has).names for cfg, has in (
+    names = [sweep.sweep_plan(cfg, "s", runs, 1, has, SPEED).names for cfg, has in (
         (sweep.Config(), False), (sweep.Config(), True), (sweep.Config(skip_setup=True), False),
     )]  # fmt: skip
     assert [len(n) for n in names] == [3, 2, 1]
+
+
+def test_times_follow_from_flops_and_the_speed_of_the_machine(monkeypatch):
+    monkeypatch.setattr("nanochat.environment.gpus", lambda: ())
+    runs = sweep.sweep_runs("scaling", "s", "10,12", "1e18,2e18")
+    plan = sweep.sweep_plan(sweep.Config(kind="scaling"), "s", runs, 1, True, SPEED)
+    seconds = [stage.seconds for stage in plan.stages if stage.name != "data"]
+    assert seconds == pytest.approx([1e6, 1e6, 2e6, 2e6], rel=0.01)
+    h100 = sweep.expected_speed((Gpu("NVIDIA H100 80GB HBM3", 85_000_000_000),), 2)
+    assert h100.flops == 2 * 0.45 * 989e12 and str(h100).endswith(
+        "(2 x NVIDIA H100 80GB HBM3, by its data sheet)"
+    )
+    assert "a guess" in str(sweep.expected_speed((Gpu("abacus", 1),), 1))
+    assert sweep.expected_speed((), 1).flops > 1e8
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--dept=3", "did you mean --depth"), ("'", "No closing quotation"), ("--num-iterations=0", "at least 1"),
+        ("--total-batch-size=7", "not a multiple of 32 rows"),
+    ],
+)  # fmt: skip
+def test_flags_that_base_train_would_refuse_are_told_before_the_first_run(flags, message):
+    with pytest.raises(UserError, match=message):
+        sweep.main(sweep.Config(depths="12", train_args=flags))
+
+
+def test_a_dry_run_says_which_data_is_missing_and_what_is_in_the_way(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("nanochat.environment.gpus", lambda: ())
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**9))
+    sweep.main(sweep.Config(depths="4", dry_run=True))
+    said = capsys.readouterr().out
+    assert "1. data (about 33m22s): 1,000 shards of climbmix\n" in said and "evaluations left out" in said
+    assert "problem: the hub cannot be reached" in said and " free and the plan needs 93.6 GB" in said
+    with pytest.raises(UserError, match=r"the hub cannot be reached.*set NANOCHAT_BASE_DIR to a larger disk"):
+        sweep.main(sweep.Config(depths="4"))
+    monkeypatch.setenv("NANOCHAT_DATA", "tinyworld")
+    sweep.main(sweep.Config(depths="4", dry_run=True))
+    said = capsys.readouterr().out
+    assert "1. data (about 5s): generate the embedded text\n" in said and "problem" not in said
+    shard = tmp_path / "base" / "tinyworld" / "base_data" / "shard_00000.parquet"
+    shard.parent.mkdir(parents=True)
+    shard.touch()
+    sweep.main(sweep.Config(depths="4", dry_run=True))
+    assert ". data" not in capsys.readouterr().out, "it may be of another seed, and was not to be replaced"
+    assert not (tmp_path / "base" / "run").exists()
 
 
 @pytest.mark.parametrize("kind", ["miniseries", "scaling"])
