@@ -385,6 +385,8 @@ def main(argv: Sequence[str]) -> None:
     if action == "compare":
         from nanochat.report_compare import compare
 
+        if flags := [word for word in argv[1:] if word.startswith("-")]:
+            raise UserError(f"{flags[0]} is not an option; compare takes folders alone, and writes here")
         print(compare([Path(run) for run in argv[1:]], Path.cwd()), end="")
         return
     if action not in ("generate", "reset", "show", "json") or len(argv) > 1:

@@ -10,6 +10,7 @@ from the run_summary.json that base_train writes beside its checkpoint, never fr
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import time
 from collections.abc import Sequence
@@ -104,7 +105,9 @@ def num_processes(num_gpus: int) -> int:
 def sweep_runs(kind: str, series: str, depths: str, flops: str) -> list[Run]:
     """The runs of a sweep in the order in which they are trained."""
     default = range(12, 27, 2) if kind == "miniseries" else range(10, 21, 2)
-    chosen = _numbers(depths, int, "--depths") if depths else list(default)
+    chosen = list(dict.fromkeys(_numbers(depths, int, "--depths") if depths else default))
+    if not re.fullmatch(r"\w[\w.-]*", series):  # it becomes the name of folders
+        raise UserError(f"--series={series} must be letters, digits, dots, dashes and underscores")
     if kind == "miniseries":
         return [Run(f"{series}_miniseries_d{depth}", depth) for depth in chosen]
     _numbers(flops, float, "--flops")
@@ -138,7 +141,10 @@ def sweep_plan(
     vocab_size = vocabulary()
     for one in runs:
         flags = _words(train_flags(cfg, one), cfg)
-        flops, checkpoint = cost(flags, vocab_size, ranks)
+        try:
+            flops, checkpoint = cost(one, flags, vocab_size, ranks)
+        except UserError as error:
+            raise UserError(f"{one.tag}: {error}") from None
         command = Launcher(ranks, one.tag).command("scripts.base_train", flags)
         about = f"depth {one.depth}" + (f" at {one.flops_budget} FLOPs" if one.flops_budget else "")
         stages.append(Stage(one.tag, about, command, flops / speed.flops, resumable=True))
@@ -202,14 +208,16 @@ def expected_speed(found: Sequence[Gpu], ranks: int) -> Speed:
     return Speed(training_speed(device, compute_dtype(device)[0]), f"{device.type}, measured now")
 
 
-def cost(flags: Sequence[str], vocab_size: int, ranks: int) -> tuple[float, int]:
-    """(FLOPs of training, bytes of the checkpoint) of base_train with these flags; a UserError if it would refuse them."""
+def cost(one: Run, flags: Sequence[str], vocab_size: int, ranks: int) -> tuple[float, int]:
+    """(FLOPs of training, bytes of the checkpoint) of a run with these flags; a UserError if base_train would refuse them."""
     from nanochat.configurator import parse
     from nanochat.scaling import accumulation_steps
     from nanochat.sizing import checkpoint_bytes, flops_per_token
     from scripts import base_train
 
     settings = parse(base_train.Config, flags)
+    if (settings.depth, settings.model_tag, settings.dry_run) != (one.depth, one.tag, False):
+        raise UserError("--depth, --model-tag and --dry-run are not for --train-args")
     config = base_train.network(settings, vocab_size)
     horizon = base_train.plan_run(settings, config, ranks)
     if settings.device_batch_size is not None:

@@ -170,7 +170,7 @@ def test_distributions():
     assert all(3 <= distribution("uniform:3:5")(rng) <= 5 for _ in range(20))
     draws = [distribution("exponential:2")(rng) for _ in range(2000)]
     assert 1.8 < sum(draws) / len(draws) < 2.2
-    for wrong in ("", "uniform:3", "uniform:5:3", "poisson:2", "exponential:-1", "x"):
+    for wrong in ("", "uniform:3", "uniform:5:3", "poisson:2", "exponential:-1", "x", "uniform:0:inf", "nan"):
         with pytest.raises(UserError, match="is no distribution"):
             distribution(wrong)
 

@@ -417,6 +417,11 @@ def test_nothing_to_report_leaves_an_older_report_alone(report, tmp_path):
     assert not (report.folder / "report.md").exists()
 
 
+def test_compare_takes_no_flags():
+    with pytest.raises(UserError, match="--out=x is not an option"):
+        main(["compare", "--out=x", "a", "b"])
+
+
 def test_an_unknown_action_names_the_known_ones():
     with pytest.raises(UserError, match="generate, reset, show, json"):
         main(["print"])

@@ -42,6 +42,9 @@ def test_sweep_runs():
         "jan26_scaling_1e18_d10", "jan26_scaling_1e18_d12", "jan26_scaling_2.15e18_d10",
         "jan26_scaling_2.15e18_d12",
     ]  # fmt: skip
+    assert len(sweep.sweep_runs("miniseries", "s", "4,4,2", "")) == 2
+    with pytest.raises(UserError, match=r"--series=\.\./x must be letters"):
+        sweep.sweep_runs("miniseries", "../x", "", "")
     with pytest.raises(UserError, match="--depths=x"):
         sweep.sweep_runs("scaling", "s", "x", "1e18")
 
@@ -83,12 +86,13 @@ def test_times_follow_from_flops_and_the_speed_of_the_machine(monkeypatch):
     ("flags", "message"),
     [
         ("--dept=3", "did you mean --depth"), ("'", "No closing quotation"), ("--num-iterations=0", "at least 1"),
+        ("--model-tag=x", "s_miniseries_d12: --depth, --model-tag and"),
         ("--total-batch-size=7", "not a multiple of 32 rows"),
     ],
 )  # fmt: skip
 def test_flags_that_base_train_would_refuse_are_told_before_the_first_run(flags, message):
     with pytest.raises(UserError, match=message):
-        sweep.main(sweep.Config(depths="12", train_args=flags))
+        sweep.main(sweep.Config(series="s", depths="12,12", train_args=flags))
 
 
 def test_a_dry_run_says_which_data_is_missing_and_what_is_in_the_way(tmp_path, monkeypatch, capsys):
