@@ -164,7 +164,7 @@ class _Option:
             converted = (
                 _from_text(value, self.kind) if isinstance(value, str) else _from_literal(value, self.kind)
             )
-        except ValueError:
+        except (ValueError, OverflowError):  # 1e400 is infinite
             raise UserError(f"{where}: {self.name} must be {self.kind.__name__}, not {value!r}") from None
         if self.choices is not None and converted not in self.choices:
             raise UserError(
@@ -265,10 +265,10 @@ def _normalised(argv: Sequence[str], options: dict[str, _Option]) -> list[str]:
         if argument.startswith("--"):
             name, equals, value = argument.partition("=")
             name = _dashed(name)
-            if name.startswith("--no-") and name[5:].replace("-", "_") in options and not equals:
+            bools = {f"--{_dashed(o)}" for o in options if options[o].kind is bool}
+            if name.startswith("--no-") and f"--{name[5:]}" in bools and not equals:
                 name, equals, value = f"--{name[5:]}", "=", "false"
-            known = {f"--{_dashed(o)}": options[o] for o in options}
-            if name in known and known[name].kind is bool and not equals:
+            if name in bools and not equals:
                 equals, value = "=", "true"  # so that a bool flag never swallows the next argument
             argument = name + equals + value
         result.append(argument)
@@ -311,8 +311,9 @@ def _read_preset(path: Path, options: dict[str, _Option]) -> dict[str, Any]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read preset {path}: {error.strerror}") from None
-    except SyntaxError as error:
-        raise UserError(f"{path}:{error.lineno}: not a `name = value` line") from None
+    except (SyntaxError, ValueError) as error:  # ValueError: a file that is no text
+        line = getattr(error, "lineno", None) or 1
+        raise UserError(f"{path}:{line}: not a `name = value` line") from None
     values = {}
     for node in tree.body:
         where = f"{path}:{node.lineno}"
@@ -331,7 +332,7 @@ def _read_preset(path: Path, options: dict[str, _Option]) -> dict[str, Any]:
             raise UserError(f"{where}: {name} is not an option{_nearest(name, options, '')}")
         try:
             literal = ast.literal_eval(node.value)
-        except ValueError:
+        except (ValueError, TypeError):  # TypeError: {[1]: 2}
             raise UserError(
                 f"{where}: the value of {name} must be a plain number, string, bool or None"
             ) from None

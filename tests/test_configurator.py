@@ -69,6 +69,8 @@ def test_flags(argv, expected):
         (["missing.py"], "cannot read preset missing.py"),
         (["--depth=None"], "must be int, not 'None'"),
         (["--lr=nan"], "lr must be float, not 'nan'"),
+        (["--depth=1e400"], "depth must be int, not '1e400'"),
+        (["--no-depth"], "--no-depth is not an option"),
         (["--steps=0"], "steps must be at least 1, or -1, not 0"),
         (["--steps=-2"], "steps must be at least 1, or -1, not -2"),
     ],
@@ -115,11 +117,14 @@ def test_precedence_is_defaults_presets_in_order_flags(tmp_path):
         ("depth = open('x')\n", "plain number"),
         ("depth = 1.5\n", "depth must be int"),
         ("depth = \n", "preset.py:1: not a"),
+        ("depth = {[1]: 2}\n", "plain number"),
+        ("depth = 2\0", "preset.py:1: not a"),
+        ("depth = 2 # \udcff", "preset.py:1: not a"),  # no UTF-8
     ],
 )
 def test_presets_are_parsed_not_executed(tmp_path, text, message):
     path = tmp_path / "preset.py"
-    path.write_text(text)
+    path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=message):
         parse(Config, [str(path)])
 
