@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("lm_eval")
 
 from nanochat.common import UserError
+from nanochat.configurator import parse
 from nanochat.core_bundle import CoreTask
 from nanochat.core_eval import evaluate_task
 from nanochat.engine import Engine
@@ -184,6 +185,20 @@ def test_long_answers_leave_room_for_the_question(subject, monkeypatch, capsys):
     assert half == ids[1][:1] + ids[1][-127:] and second.max_tokens == 128
     assert most == ids[1][:1] + ids[1][-250:] and third.max_tokens == 5
     assert "2 of 3 questions lost their beginning, 2 answers may be shorter" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tasks=,"], "--tasks names no task"), (["--tasks=x", "--include-path=/no"], "=/no is no folder"),
+        (["--tasks=x", "--limit=0"], "at least 1"), (["--tasks=x", "--num-fewshot=-1"], "at least 0"),
+    ],
+)  # fmt: skip
+def test_flags_of_the_command_that_cannot_be(flags, message):
+    from scripts import harness_eval
+
+    with pytest.raises(UserError, match=message):
+        harness_eval.main(parse(harness_eval.Config, ["-i", "sft", *flags]))
 
 
 def test_conversations_are_rendered_as_ours(subject):
