@@ -199,6 +199,8 @@ def test_scaling_analysis_of_nothing_is_a_clear_error(tmp_path):
 
     with pytest.raises(UserError, match="does not exist"):
         scaling_analysis.read_budgets(tmp_path / "none.csv")
+    with pytest.raises(UserError, match=f"cannot read {tmp_path}: .*Is a directory"):
+        scaling_analysis.read_budgets(tmp_path)
     (tmp_path / "empty.csv").write_text(",".join(sweep.SCALING_COLUMNS) + "\n")
     with pytest.raises(UserError, match="three"):
         scaling_analysis.read_budgets(tmp_path / "empty.csv")
