@@ -152,6 +152,10 @@ class Report:
         for path in self.folder.glob("*.json"):
             if path.name not in ("run.json", "report.json"):
                 found.append(read_json(path))
+                if lacking := [key for key in ("slug", "section", "items", "run_id") if key not in found[-1]]:
+                    raise UserError(
+                        f"{path} is no section of a report, it lacks {', '.join(lacking)}; move it away"
+                    )
         known = {slug: place for place, slug in enumerate(SECTIONS)}
         return sorted(found, key=lambda s: (known.get(kind_of(s), len(known)), s["slug"]))
 

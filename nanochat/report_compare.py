@@ -97,9 +97,15 @@ def _report_file(path: Path) -> Path:
 
 def _read(file: Path) -> Mapping:
     report = read_json(file)
-    needed = ("header", "sections", "summary", "stage_seconds", "wall_clock_seconds", "cost_usd")
-    if lacking := [name for name in needed if name not in report]:
-        raise UserError(f"{file} is no whole report, it lacks {', '.join(lacking)}; {_GENERATE}")
+    needed = {
+        "header": dict, "sections": list, "summary": dict, "stage_seconds": dict, "wall_clock_seconds": object,
+        "cost_usd": object,
+    }  # fmt: skip
+    wrong = [
+        name for name, kind in needed.items() if name not in report or not isinstance(report[name], kind)
+    ]
+    if wrong:
+        raise UserError(f"{file} is no whole report, it lacks {', '.join(wrong)}; {_GENERATE}")
     return report
 
 

@@ -417,6 +417,14 @@ def test_nothing_to_report_leaves_an_older_report_alone(report, tmp_path):
     assert not (report.folder / "report.md").exists()
 
 
+def test_a_foreign_file_among_the_sections_is_named(report):
+    write_json(report.folder / "notes.json", {"slug": "notes"})
+    with pytest.raises(
+        UserError, match=r"notes\.json is no section of a report, it lacks section, items, run_id"
+    ):
+        report.sections()
+
+
 def test_compare_takes_no_flags():
     with pytest.raises(UserError, match="--out=x is not an option"):
         main(["compare", "--out=x", "a", "b"])

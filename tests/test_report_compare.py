@@ -101,6 +101,9 @@ def test_errors_are_one_line(runs, tmp_path):
         compare(runs[:1], tmp_path)
     with pytest.raises(UserError, match=r"no report\.json in .*nothing"):
         compare([runs[0], tmp_path / "nothing"], tmp_path)
+    write_json(tmp_path / "report.json", read_json(runs[0] / "report" / "report.json") | {"stage_seconds": 4})
+    with pytest.raises(UserError, match="it lacks stage_seconds;"):
+        compare([runs[0], tmp_path], tmp_path)
     write_json(tmp_path / "report.json", {})
     with pytest.raises(UserError, match=r"report\.json is no whole report, it lacks header, "):
         compare([runs[0], tmp_path], tmp_path)
