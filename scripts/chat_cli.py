@@ -47,7 +47,7 @@ class Config(WhichWeights):
     prompt: str = option("", "answer this, print the answer on stdout, and exit", short="p")
     temperature: float = option(0.6, "0 is greedy", short="t", least=0)
     top_k: int = option(50, "sample among this many tokens; 0 = all", short="k", least=0)
-    max_tokens: int = option(512, "longest answer; 0 = to the end of the context", short="m", least=1)
+    max_tokens: int = option(512, "longest answer; 0 = to the end of the context", short="m", least=0)
     top_p: float = option(1.0, "sample among the likeliest tokens of this total probability")
     seed: int | None = option(None, "makes answers repeatable; default: random")
     system: str = option("", "instructions put before the first message")

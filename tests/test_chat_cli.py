@@ -15,8 +15,9 @@ import torch
 
 from nanochat.chat import Chat
 from nanochat.common import UserError
+from nanochat.configurator import parse
 from nanochat.engine import Engine
-from scripts.chat_cli import Screen, Terminal, answer_once
+from scripts.chat_cli import Config, Screen, Terminal, answer_once
 from tests.toy_model import ByteTokenizer, ScriptedModel
 
 torch.set_num_threads(1)
@@ -141,6 +142,10 @@ def test_length_limit_and_summary():
     assert "3 tokens" in reply.summary(512) and "/512; length" in reply.summary(512)
     chat.max_tokens = 0
     assert chat.answer("q", lambda *_: None, print).finish_reason == "stop"
+
+
+def test_zero_is_accepted_where_the_help_explains_it():
+    assert parse(Config, ["-m", "0", "-k", "0"]).max_tokens == 0
 
 
 def test_seeds():
