@@ -82,7 +82,7 @@ def ending_well() -> Iterator[None]:
     """
     try:
         yield
-        sys.stdout.flush()
+        print(end="", flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

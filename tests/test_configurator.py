@@ -155,6 +155,8 @@ def test_a_reader_that_has_enough_ends_the_process_without_a_word(size):
     done = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
+    without = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" >&-', sys.executable, code], timeout=60)
+    assert without.returncode == 0, "a process may have no stdout at all"
 
 
 def test_help_shows_every_option_with_its_default(capsys):
