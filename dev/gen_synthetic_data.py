@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dev.persona_templates import Identity, Messages, draw_dimensions, from_templates
-from nanochat.common import UserError, data_root, whole_file
+from nanochat.common import UserError, check_writable, data_root, whole_file
 from nanochat.configurator import option, run
 from tasks.common import RowError, check_dialogue
 
@@ -71,7 +71,7 @@ def main(cfg: Config) -> None:
     writer = Writer(cfg, identity) if cfg.base_url else None
     make: Callable[[int], Made] = writer.make if writer else lambda index: from_templates(index, identity)
     partial = output.with_name(f"{output.name}.partial")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(output)  # a model may write for hours
     made = read_partial(partial) if cfg.resume else {}
     todo = [index for index in range(cfg.num) if index not in made]
     failures = []

@@ -86,6 +86,8 @@ def read_budgets(path: Path) -> list[Budget]:
             rows = [row for row in csv.DictReader(file) if row["val_bpb"]]
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; run: bash runs/scaling_laws.sh") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
     except KeyError as error:
         raise UserError(f"{path} has no column {error}; it must come from runs/scaling_laws.sh") from None
     budgets = []

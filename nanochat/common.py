@@ -87,19 +87,20 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def make_folder(path: Path) -> None:
+    """Create a folder and those above it where they are missing; a UserError if that is impossible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {path}: {error.strerror}") from None
+
+
 @contextmanager
 def whole_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Open a file that appears whole or not at all: temporary sibling, fsync, rename."""
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create {path.parent}: {error.strerror}") from None
     encoding = None if "b" in mode else "utf-8"
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    handle, temporary = _temporary_beside(path)
     try:
         os.chmod(temporary, usual_mode())
         with os.fdopen(handle, mode, encoding=encoding) as file:
@@ -113,6 +114,25 @@ def whole_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         if isinstance(error, OSError) and error.errno is not None and error.filename in (None, temporary):
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
         raise
+
+
+def check_writable(path: str | Path) -> None:
+    """UserError if whole_file could not write there: before work that takes minutes, not after it."""
+    handle, temporary = _temporary_beside(Path(path))
+    os.close(handle)
+    os.unlink(temporary)
+
+
+def _temporary_beside(path: Path) -> tuple[int, str]:
+    """(handle, path) of a new file in the folder of path, which is created if missing."""
+    # a folder, or a device, in whose place a file would come
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"cannot write {path}: it is not a file")
+    make_folder(path.parent)
+    try:
+        return tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def usual_mode() -> int:

@@ -26,7 +26,8 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +35,7 @@ from nanochat.common import UserError
 
 ConfigT = TypeVar("ConfigT")
 # What a disk, not this program, is to blame for.
-_NO_ROOM = {errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS}
+_NO_ROOM = {errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS}
 
 
 def option(
@@ -70,17 +71,30 @@ def run(
     argv: Sequence[str] | None = None,
     name: str = "",
 ) -> None:
-    """Parse the command line and call main; a UserError becomes one line on stderr and exit status 2.
+    """Parse the command line and call main; errors end as ending_well says.
 
     name: what follows `python -m` in the help, where that is not the module of the config class.
     """
     look_for_garbage_rarely()
-    try:
+    with ending_well():
         main(parse(config_class, sys.argv[1:] if argv is None else argv, main.__doc__ or "", name))
+
+
+@contextmanager
+def ending_well() -> Iterator[None]:
+    """What the user or the disk is to blame for becomes one line on stderr and exit status 2, Ctrl-C status 130.
+
+    Where the reader of stdout, such as `head`, has enough of it, the process ends with status 141 and says nothing.
+    """
+    try:
+        yield
+        print(end="", flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+            sys.exit(141)  # 128 + SIGPIPE, as of programs that the signal ends
         if error.errno not in _NO_ROOM:
             raise
         print(f"error: {error.filename or 'cannot write'}: {error.strerror}", file=sys.stderr, flush=True)
@@ -88,6 +102,16 @@ def run(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def _stdout_is_closed() -> bool:
+    """Whether nobody reads stdout any more, which an empty line tells; what is still to be written is then dropped."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def look_for_garbage_rarely() -> None:
@@ -146,7 +170,7 @@ class _Option:
             converted = (
                 _from_text(value, self.kind) if isinstance(value, str) else _from_literal(value, self.kind)
             )
-        except ValueError:
+        except (ValueError, OverflowError):  # 1e400 is infinite
             raise UserError(f"{where}: {self.name} must be {self.kind.__name__}, not {value!r}") from None
         if self.choices is not None and converted not in self.choices:
             raise UserError(
@@ -250,10 +274,10 @@ def _normalised(argv: Sequence[str], options: dict[str, _Option]) -> list[str]:
         if argument.startswith("--"):
             name, equals, value = argument.partition("=")
             name = _dashed(name)
-            if name.startswith("--no-") and name[5:].replace("-", "_") in options and not equals:
+            bools = {f"--{_dashed(o)}" for o in options if options[o].kind is bool}
+            if name.startswith("--no-") and f"--{name[5:]}" in bools and not equals:
                 name, equals, value = f"--{name[5:]}", "=", "false"
-            known = {f"--{_dashed(o)}": options[o] for o in options}
-            if name in known and known[name].kind is bool and not equals:
+            if name in bools and not equals:
                 equals, value = "=", "true"  # so that a bool flag never swallows the next argument
             argument = name + equals + value
         result.append(argument)
@@ -296,8 +320,9 @@ def _read_preset(path: Path, options: dict[str, _Option]) -> dict[str, Any]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read preset {path}: {error.strerror}") from None
-    except SyntaxError as error:
-        raise UserError(f"{path}:{error.lineno}: not a `name = value` line") from None
+    except (SyntaxError, ValueError) as error:  # ValueError: a file that is no text
+        line = getattr(error, "lineno", None) or 1
+        raise UserError(f"{path}:{line}: not a `name = value` line") from None
     values = {}
     for node in tree.body:
         where = f"{path}:{node.lineno}"
@@ -316,7 +341,7 @@ def _read_preset(path: Path, options: dict[str, _Option]) -> dict[str, Any]:
             raise UserError(f"{where}: {name} is not an option{_nearest(name, options, '')}")
         try:
             literal = ast.literal_eval(node.value)
-        except ValueError:
+        except (ValueError, TypeError):  # TypeError: {[1]: 2}
             raise UserError(
                 f"{where}: the value of {name} must be a plain number, string, bool or None"
             ) from None

@@ -29,8 +29,10 @@ REFRESH_S = 0.5  # of the progress line on a terminal
 
 @dataclass(frozen=True)
 class FetchConfig:
-    num_files: int = option(-1, "training shards to have, from the first on; -1 = all", short="n")
-    num_workers: int = option(4, "parallel downloads", short="w")
+    num_files: int = option(
+        -1, "training shards to have, from the first on; -1 = all", short="n", least=0, off=-1
+    )
+    num_workers: int = option(4, "parallel downloads", short="w", least=1)
     seed: int = option(0, "seed of the embedded data (NANOCHAT_DATA=tinyworld)")
     chars: int = option(-1, "characters of embedded pretraining text; -1 = the default amount")
 
@@ -42,7 +44,7 @@ class ListConfig:
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    num_workers: int = option(4, "files at a time", short="w")
+    num_workers: int = option(4, "files at a time", short="w", least=1)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -81,10 +83,9 @@ def fetch_files(cfg: FetchConfig) -> None:
 
 
 def _fetch_hub(named: PretrainingSet, cfg: FetchConfig) -> None:
-    wanted = named.last_shard if cfg.num_files < 0 else min(cfg.num_files, named.last_shard)
-    indices, folder = [*range(wanted), named.last_shard], named.path
+    indices, folder = named.shards(cfg.num_files), named.path
     print(
-        f"data source: hub, {named.name}: {wanted} training shards and the validation shard into {folder}\n"
+        f"data source: hub, {named.name}: {len(indices) - 1} training shards and the validation shard into {folder}\n"
         f"{named.summary}; licence: {named.licence}", flush=True,
     )  # fmt: skip
     missing = [index for index in indices if not (folder / named.file_name(index)).exists()]

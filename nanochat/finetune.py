@@ -185,6 +185,7 @@ def choose_rows(
     """Rows per micro-batch and rank, and model.recompute: given, as before on this device, or measured."""
     from nanochat.batch_fit import fit_batch
     from nanochat.common import device_name
+    from nanochat.scaling import accumulation_steps
 
     alike = beginning.resume_from, None if cfg.add_layers else beginning.source
     metas = [found.meta for found in alike if found is not None]
@@ -198,9 +199,7 @@ def choose_rows(
         return cfg.device_batch_size
     if before is None:
         return fit_batch(model, optimizer, world, length, total)
-    share = max(
-        total // (length * world.size), 1
-    )  # of a rank, in rows; what is less than one is refused later
+    share = accumulation_steps(total, 1, length, world.size)  # of a rank, in rows
     return max(rows for rows in range(1, min(before["device_batch_size"], share) + 1) if share % rows == 0)
 
 

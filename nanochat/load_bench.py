@@ -5,6 +5,7 @@ A distribution is written as a word and numbers: `64`, `uniform:32:160`, `expone
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ def distribution(text: str) -> Callable[[random.Random], float]:
         values = [float(number) for number in numbers]
     except ValueError:
         values = []
-    if min(values, default=-1.0) >= 0:
+    if min(values, default=-1.0) >= 0 and all(map(math.isfinite, values)):
         if kind == "constant" and len(values) == 1:
             return lambda rng: values[0]
         if kind == "uniform" and len(values) == 2 and values[0] <= values[1]:

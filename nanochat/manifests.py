@@ -32,6 +32,10 @@ class PretrainingSet:
     last_shard: int = 0  # always the validation split
     shard_bytes: int = 100_000_000  # about, where the exact size is not known
 
+    def shards(self, count: int) -> list[int]:
+        """Indices of the first `count` training shards of the hub, or all for less than 0, and of the validation shard."""
+        return [*range(self.last_shard if count < 0 else min(count, self.last_shard)), self.last_shard]
+
     def file_name(self, index: int) -> str:
         return f"shard_{index:05d}.parquet"
 

@@ -150,9 +150,11 @@ class StatusLine:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 42s, 3m12s, 2h05m."""
+    """Seconds as people say them: 42s, 3m12s, 2h05m, 12 days."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
     minutes, rest = divmod(whole, 60)
+    if minutes >= 100 * 60:
+        return f"{round(minutes / 60 / 24):,} days"
     return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"

@@ -34,7 +34,7 @@ _MEMORY_SHARE = 0.92  # of a GPU's memory; the rest is the CUDA context and frag
 _UTILIZATION = 0.45  # of the peak FLOPs that pretraining reaches; upstream reports 0.4 to 0.6
 _UNKNOWN_PEAK_FLOPS = 50e12
 _LONGEST_PRETRAINING_S = 8 * 3600
-_DOWNLOAD_BYTES_PER_S = 50e6
+DOWNLOAD_BYTES_PER_S = 50e6
 
 
 # --- building stages ---------------------------------------------------------------------------------
@@ -126,11 +126,15 @@ class GpuChoice:
     memory_bytes: int  # expected peak per GPU
 
 
+def training_flops(gpus: Sequence[Gpu]) -> float:
+    """FLOP/s that training is expected to reach on all of the GPUs; a guess for those whose name is unknown."""
+    return len(gpus) * (peak_flops(gpus[0].name) or _UNKNOWN_PEAK_FLOPS) * _UTILIZATION
+
+
 def pretraining_seconds(config: GPTConfig, ratio: float, gpus: Sequence[Gpu]) -> float:
     """Expected duration of pretraining on all of the GPUs."""
-    peak = peak_flops(gpus[0].name) or _UNKNOWN_PEAK_FLOPS
     tokens = ratio_horizon(config, ratio).num_tokens
-    return flops_per_token(config) * tokens / (len(gpus) * peak * _UTILIZATION)
+    return flops_per_token(config) * tokens / training_flops(gpus)
 
 
 def largest_batch(config: GPTConfig, ratio: float, gpus: Sequence[Gpu], limit: int = 32) -> int:
@@ -203,7 +207,7 @@ def _hub_plan(
 ) -> Plan:  # fmt: skip
     rows, horizon = f"--device-batch-size={choice.device_batch_size}", ratio_horizon(config, ratio)
     shards = shards_needed(horizon.num_tokens)
-    download_s = shards * SHARD_BYTES / _DOWNLOAD_BYTES_PER_S
+    download_s = shards * SHARD_BYTES / DOWNLOAD_BYTES_PER_S
     # Mid-training and finetuning see about a tenth of the tokens of a small pretraining run.
     base_s, tune_s = choice.seconds, max(120.0, choice.seconds / 10)
     table = [

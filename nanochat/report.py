@@ -1,7 +1,7 @@
 """The training report: every stage logs a section, `generate` makes report.md, .html, .json and the plots.
 
     python -m nanochat.report [generate|reset|show|json]
-    python -m nanochat.report compare RUN RUN...     # several runs side by side, in compare.md and compare.html
+    python -m nanochat.report compare RUN RUN...     # several runs side by side, in compare.md and .html here
 
 `<base>/report` holds header.md, run.json, and per section <slug>.md (to read) and <slug>.json (to compute
 with). Metrics come from the JSON only: model output that looks like a metric line changes nothing.
@@ -26,7 +26,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanochat import environment
-from nanochat.common import UserError, get_base_dir, get_dist_info, print0, read_json, whole_file, write_json
+from nanochat.common import (
+    UserError,
+    get_base_dir,
+    get_dist_info,
+    make_folder,
+    print0,
+    read_json,
+    whole_file,
+    write_json,
+)
+from nanochat.configurator import ending_well
 from nanochat.report_html import html_report
 from nanochat.report_render import (
     Item,
@@ -64,7 +74,7 @@ class Report:
         """folder holds the sections; checkpoints (default: its parent) holds `<stage>_checkpoints`."""
         self.folder = folder
         self.base = checkpoints or folder.parent
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
 
     # --- one run -------------------------------------------------------------------------------------
 
@@ -142,6 +152,10 @@ class Report:
         for path in self.folder.glob("*.json"):
             if path.name not in ("run.json", "report.json"):
                 found.append(read_json(path))
+                if lacking := [key for key in ("slug", "section", "items", "run_id") if key not in found[-1]]:
+                    raise UserError(
+                        f"{path} is no section of a report, it lacks {', '.join(lacking)}; move it away"
+                    )
         known = {slug: place for place, slug in enumerate(SECTIONS)}
         return sorted(found, key=lambda s: (known.get(kind_of(s), len(known)), s["slug"]))
 
@@ -381,6 +395,8 @@ def main(argv: Sequence[str]) -> None:
     if action == "compare":
         from nanochat.report_compare import compare
 
+        if flags := [word for word in argv[1:] if word.startswith("-")]:
+            raise UserError(f"{flags[0]} is not an option; compare takes folders alone, and writes here")
         print(compare([Path(run) for run in argv[1:]], Path.cwd()), end="")
         return
     if action not in ("generate", "reset", "show", "json") or len(argv) > 1:
@@ -394,17 +410,17 @@ def main(argv: Sequence[str]) -> None:
         report.reset()
         print(f"the report begins anew: {report.folder}")
     elif action == "json":
-        print(json.dumps(read_json(report.folder / "report.json")))
+        print(json.dumps(read_json(_generated(report.folder / "report.json"))))
     else:
-        path = report.folder / "report.md"
-        if not path.exists():
-            raise UserError(f"{path} does not exist; run: python -m nanochat.report generate")
-        print(path.read_text(encoding="utf-8"), end="")
+        print(_generated(report.folder / "report.md").read_text(encoding="utf-8"), end="")
+
+
+def _generated(path: Path) -> Path:
+    if not path.exists():
+        raise UserError(f"{path} does not exist; run: python -m nanochat.report generate")
+    return path
 
 
 if __name__ == "__main__":
-    try:
+    with ending_well():
         main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

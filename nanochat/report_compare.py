@@ -7,18 +7,20 @@ A run is named by its base folder, its report folder or its report.json.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from nanochat.common import UserError, read_json, whole_file
+from nanochat.common import UserError, print0, read_json, whole_file
 from nanochat.options import STAGES
 from nanochat.report_html import figure, html_table, page, score_cell
 from nanochat.report_render import CHANCE, TASKS, format_seconds, format_value, score_text, table
 
 MISSING = "-"
+_GENERATE = "write it with that base folder as NANOCHAT_BASE_DIR: python -m nanochat.report generate"
 
 
 @dataclass(frozen=True)
@@ -60,34 +62,51 @@ def compare(paths: Sequence[Path], folder: Path) -> str:
         file.write(text)
     with whole_file(folder / "compare.html", "w") as file:
         file.write(_html(runs))
+    print0(f"written: {folder / 'compare.md'} and compare.html", file=sys.stderr)
     return text
 
 
 _LEGEND = "In brackets: 95 % intervals. **Bold**: better than all others beyond both intervals.\n"
 
 
+_SAME_SETTINGS = "All runs have the same settings."
+
+
 def load_runs(paths: Sequence[Path]) -> list[Run]:
     """The reports at these places, named by the shortest ends of their paths that differ."""
     files = [_report_file(path) for path in paths]
-    bases = [file.resolve().parent.parent for file in files]
-    if len(set(bases)) < len(bases):
-        raise UserError(f"compare: {_first_repeated(bases)} is named twice")
+    files = [file.resolve() for file in files]
+    if repeated := next((file for place, file in enumerate(files) if file in files[:place]), None):
+        raise UserError(f"compare: {repeated} is named twice")
+    bases, folders = [file.parent.parent for file in files], [file.parent for file in files]
+    # A base folder may hold more than one report, and a folder copies of report.json under other names.
+    places = next(each for each in (bases, folders, files) if len(set(each)) == len(each))
     depth = 1
-    while len({base.parts[-depth:] for base in bases}) < len(bases):
+    while len({place.parts[-depth:] for place in places}) < len(places):
         depth += 1
-    names = ["/".join(base.parts[-depth:]) for base in bases]
-    return [Run(name, base, read_json(file)) for name, base, file in zip(names, bases, files, strict=True)]
-
-
-def _first_repeated(bases: Sequence[Path]) -> Path:
-    return next(base for place, base in enumerate(bases) if base in bases[:place])
+    names = ["/".join(place.parts[-depth:]) for place in places]
+    return [Run(name, base, _read(file)) for name, base, file in zip(names, bases, files, strict=True)]
 
 
 def _report_file(path: Path) -> Path:
     for candidate in (path, path / "report.json", path / "report" / "report.json"):
         if candidate.is_file():
             return candidate
-    raise UserError(f"no report.json in {path}; run there: python -m nanochat.report generate")
+    raise UserError(f"no report.json in {path}; {_GENERATE}")
+
+
+def _read(file: Path) -> Mapping:
+    report = read_json(file)
+    needed = {
+        "header": dict, "sections": list, "summary": dict, "stage_seconds": dict, "wall_clock_seconds": object,
+        "cost_usd": object,
+    }  # fmt: skip
+    wrong = [
+        name for name, kind in needed.items() if name not in report or not isinstance(report[name], kind)
+    ]
+    if wrong:
+        raise UserError(f"{file} is no whole report, it lacks {', '.join(wrong)}; {_GENERATE}")
+    return report
 
 
 # --- what is compared --------------------------------------------------------------------------------
@@ -173,7 +192,7 @@ def _scores(runs: Sequence[Run]) -> str:
 def _settings(runs: Sequence[Run]) -> list[str]:
     rows = [[section, key, *shown] for section, key, shown in differing_settings(runs)]
     if not rows:
-        return ["## Settings\n", "All runs have the same settings.\n"]
+        return ["## Settings\n", f"{_SAME_SETTINGS}\n"]
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     return ["## Settings that differ\n", table(["Stage", "Setting", *(run.name for run in runs)], cells)]
 
@@ -192,9 +211,6 @@ def _html(runs: Sequence[Run]) -> str:
             [metric, stage.upper(), *marked, f"{CHANCE[metric]:.0%}" if metric in CHANCE else MISSING]
         )
     overview = [[escape(key), *(escape(fact[key]) for fact in facts)] for key in facts[0]]
-    settings = [
-        [escape(c) for c in (section, key, *shown)] for section, key, shown in differing_settings(runs)
-    ]
     parts = [
         html_table(["", *names], overview),
         "<h2>Scores</h2>",
@@ -204,17 +220,29 @@ def _html(runs: Sequence[Run]) -> str:
         '<p class="muted">Below a score: its 95 % interval. Bold: better than all others beyond both intervals.</p>'
     )
     parts += ["<h2>Curves</h2>", *_curves(runs)]
-    parts += ["<h2>Settings that differ</h2>", html_table(["Stage", "Setting", *names], settings)]
+    parts += _settings_html(runs)
     return page("nanochat runs compared", "\n".join(parts))
+
+
+def _settings_html(runs: Sequence[Run]) -> list[str]:
+    rows = [[escape(c) for c in (section, key, *shown)] for section, key, shown in differing_settings(runs)]
+    if not rows:
+        return ["<h2>Settings</h2>", f"<p>{_SAME_SETTINGS}</p>"]
+    heads = ["Stage", "Setting", *(run.name for run in runs)]
+    return ["<h2>Settings that differ</h2>", html_table(heads, rows)]
 
 
 def _curves(runs: Sequence[Run]) -> list[str]:
     from nanochat.plots import find_metrics, save
     from nanochat.plots_compared import compared_figures
 
+    # Where a base folder has several reports, its curves are of the run that began last.
+    last = {run.base: run for run in sorted(runs, key=lambda run: run.report["header"].get("started", ""))}
     shown = []
     with TemporaryDirectory() as scratch:
-        figures = compared_figures({run.name: find_metrics(run.base) for run in runs})
+        figures = compared_figures(
+            {run.name: find_metrics(run.base) if run is last[run.base] else {} for run in runs}
+        )
         for place, (caption, drawing) in enumerate(figures):
             path = Path(scratch) / f"{place}.png"
             save(drawing, path)

@@ -1,5 +1,6 @@
 # Prepare the environment of the run scripts. Sourced, from any directory, by scripts with `set -euo pipefail`.
-# Installs uv with pip when it is missing, checks for Rust, and installs the project into .venv.
+# Installs uv with pip when it is missing, checks for Rust, and installs the project into .venv. Where the flags of
+# the script only ask for a plan or for help, nothing is installed.
 
 mkdir -p "${NANOCHAT_BASE_DIR:=$HOME/.cache/nanochat}"
 NANOCHAT_BASE_DIR="$(cd "$NANOCHAT_BASE_DIR" && pwd)" # absolute, because the folder changes below
@@ -7,7 +8,15 @@ export NANOCHAT_BASE_DIR
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}" # seconds that torchrun lets ranks save
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-if [ "${SKIP_SETUP:-0}" != "1" ]; then
+environment="${UV_PROJECT_ENVIRONMENT:-.venv}"
+only_shows=0
+for argument in "$@"; do # of the script that sources this file
+    case "$argument" in
+    -h | --help | --dry[-_]run | --dry[-_]run=[1TtYy]*) only_shows=1 ;;
+    esac
+done
+
+if [ "$only_shows" = "0" ] && [ "${SKIP_SETUP:-0}" != "1" ]; then
     # A command that exists may still not run (a version manager's shim), so it is tried.
     own_uv="$NANOCHAT_BASE_DIR/uv/bin/uv"
     if uv --version >/dev/null 2>&1; then
@@ -42,10 +51,16 @@ fi
 # Every stage imports torch, which takes three times as long where Python may not keep what it has compiled.
 unset PYTHONDONTWRITEBYTECODE
 
-environment="${UV_PROJECT_ENVIRONMENT:-.venv}"
-if [ ! -f "$environment/bin/activate" ]; then
+# shellcheck disable=SC1091
+if [ -f "$environment/bin/activate" ]; then
+    source "$environment/bin/activate"
+elif [ "$only_shows" = "0" ]; then
     echo "error: $environment does not exist; run this again without SKIP_SETUP=1" >&2
     exit 2
 fi
-# shellcheck disable=SC1091
-source "$environment/bin/activate"
+# Without an environment of ours, the python on the PATH may be able to show it.
+if [ "$only_shows" = "1" ] && ! python -c 'import nanochat.plans, importlib.metadata as m; m.version("torch")' 2>/dev/null; then
+    echo "error: the packages that show this are not installed; set up first: bash -e runs/setup.sh" \
+        "(downloads them and builds the Rust crate, some minutes), then run this again" >&2
+    exit 2
+fi

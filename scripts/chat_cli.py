@@ -375,11 +375,7 @@ def main(cfg: Config) -> None:
     color = cfg.color and "NO_COLOR" not in os.environ
     if question:
         screen = Screen(sys.stdout, sys.stderr, color and sys.stderr.isatty())
-        try:
-            sys.exit(answer_once(chat, question, screen, cfg.json, cfg.stats))
-        except BrokenPipeError:  # whoever read the answer, such as `head`, has enough of it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)  # 128 + SIGPIPE, as of programs that the signal ends
+        sys.exit(answer_once(chat, question, screen, cfg.json, cfg.stats))
     print("nanochat: /help lists the commands, /quit leaves, Ctrl-C stops an answer", file=sys.stderr)
     color = color and sys.stdout.isatty()
     Terminal(chat, read, _display(cfg, color), cfg.stats).loop()

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Config:
     sets: str = option("tasks,core", "tasks, core, or names of test sets, separated by commas")
-    n: int = option(13, "words per n-gram")
-    max_shards: int = option(-1, "training shards to read, from the first on; -1 = all")
-    max_examples: int = option(-1, "examples per test set; -1 = all")
-    workers: int = option(0, "processes; 0 = one per core")
-    show: int = option(5, "examples to print, the most complete ones first")
+    n: int = option(13, "words per n-gram", least=2)
+    max_shards: int = option(-1, "training shards to read, from the first on; -1 = all", least=1, off=-1)
+    max_examples: int = option(-1, "examples per test set; -1 = all", least=1, off=-1)
+    workers: int = option(0, "processes; 0 = one per core", least=0)
+    show: int = option(5, "examples to print, the most complete ones first", least=0)
 
 
 def main(cfg: Config) -> None:
@@ -36,12 +36,8 @@ def main(cfg: Config) -> None:
     from nanochat.report import get_report
     from nanochat.report_render import table
 
-    if cfg.n < 2:
-        raise UserError(f"--n={cfg.n} must be at least 2")
     paths = split_files("train")
     paths = paths[: cfg.max_shards] if cfg.max_shards >= 0 else paths
-    if not paths:
-        raise UserError("--max-shards=0 leaves nothing to read; use -1 for all shards")
     sets = load_sets(cfg.sets, cfg.max_examples)
     index = Index.build(sets, cfg.n)
     print(

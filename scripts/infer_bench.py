@@ -32,12 +32,12 @@ class Config(WhichWeights):
     )
     # --- the network of random weights
     arch: str = option("classic", "random: architecture", choices=("classic", "modern"))
-    depth: int = option(12, "random: layers")
-    n_embd: int = option(0, "random: width; 0 follows from the depth")
-    vocab_size: int = option(32768, "random: vocabulary")
-    sequence_len: int = option(2048, "random: context")
+    depth: int = option(12, "random: layers", least=1)
+    n_embd: int = option(0, "random: width; 0 follows from the depth", least=0)
+    vocab_size: int = option(32768, "random: vocabulary", least=1)
+    sequence_len: int = option(2048, "random: context", least=4)  # two tokens to read and two to write
     # --- what is generated
-    prompt_tokens: int = option(2048, "prompt length; what does not fit the context is cut")
+    prompt_tokens: int = option(2048, "prompt length; what does not fit the context is cut", least=1)
     decode_tokens: int = option(256, "new tokens per row; half the context where that is smaller", least=2)
     batch_sizes: str = option("1,8,32,128", "rows that decode together, separated by commas")
     prefill_lengths: str = option("", "further prompt lengths to measure reading with, separated by commas")
@@ -45,16 +45,16 @@ class Config(WhichWeights):
     top_k: int = option(50, "candidates while the temperature is above 0; 0: all", short="k", least=0)
     distinct: bool = option(False, "a prompt of its own for each row, instead of samples of one prompt")
     # --- how it is measured
-    repeats: int = option(3, "timed runs; medians are reported")
-    warmup: int = option(8, "tokens of the untimed run before")
+    repeats: int = option(3, "timed runs; medians are reported", least=1)
+    warmup: int = option(8, "tokens of the untimed run before", least=0)
     dtype: str | None = option(None, "compute dtype; None chooses", short="d", choices=("bfloat16", "float16", "float32"))  # fmt: skip
-    speculate: int = option(0, "tokens to guess ahead while one row runs")
+    speculate: int = option(0, "tokens to guess ahead while one row runs", least=0)
     attn: str | None = option(None, "how a processor reads prompts, as NANOCHAT_ATTN: cpp or sdpa; default: the best there is")  # fmt: skip
     peer: str = option(
         "none", "measured in turns with us on the same weights", choices=("none", "transformers")
     )
     # --- requests that arrive at random
-    clients: int = option(0, "requests of the load test; 0: none")
+    clients: int = option(0, "requests of the load test; 0: none", least=0)
     arrivals: str = option(
         "exponential:0.005", "seconds between arrivals: 0.1, uniform:0:0.1 or exponential:0.1"
     )
@@ -65,9 +65,7 @@ class Config(WhichWeights):
 
 def main(cfg: Config) -> None:
     """Measure prefill, decode over batch sizes, and optionally a random load, against the hardware's limits."""
-    if cfg.repeats < 1 or cfg.decode_tokens < 2 or cfg.prompt_tokens < 1:
-        raise UserError("--repeats and --prompt-tokens must be at least 1, --decode-tokens at least 2")
-    integers("--batch-sizes", cfg.batch_sizes)
+    check(cfg)
     if cfg.attn:
         os.environ["NANOCHAT_ATTN"] = cfg.attn
     if cfg.dtype:
@@ -95,13 +93,31 @@ def main(cfg: Config) -> None:
     model, tokenizer, step = network(cfg, device)
     with peer_of(cfg, model) as peer:  # which has the weights as they are
         note = quantize(model, cfg.quantize, None if cfg.source == "random" else tokenizer)
+        if cfg.quantize != "none":
+            print0(note)
         result = {"source": cfg.source, "step": step, "gpu": name, "quantize": cfg.quantize, "note": note}
         result |= measure(cfg, model, tokenizer, peaks, peer)
     text = json.dumps(result, separators=(",", ":"))
+    print0(text)  # first: it is there whatever happens to the file
     if cfg.json:
         with whole_file(cfg.json, "w") as file:
             file.write(text + "\n")
-    print0(text)
+
+
+def check(cfg: Config) -> None:
+    """UserError for flags that would end the measurement after minutes."""
+    from nanochat.common import check_writable
+    from nanochat.load_bench import distribution
+
+    integers("--batch-sizes", cfg.batch_sizes)
+    integers("--prefill-lengths", cfg.prefill_lengths)
+    for name in ("arrivals", "load_prompts", "load_tokens"):
+        try:
+            distribution(getattr(cfg, name))
+        except UserError as error:
+            raise UserError(f"--{name.replace('_', '-')}: {error}") from None
+    if cfg.json:
+        check_writable(cfg.json)
 
 
 def measure(

@@ -44,15 +44,18 @@ def main(cfg: Config) -> None:
     pending = to_run(stages, Markers(base / "run"), cfg.from_stage, cfg.only, cfg.force)
     free = shutil.disk_usage(base).free
     print(describe(plan, stages, pending, folder=base, free_bytes=free), flush=True)
-    problem = check_hub(plan.environment, [stage.name for stage in pending]) or check_disk(
-        plan.disk_bytes, free, base
+    source = plan.environment["NANOCHAT_DATA"]
+    problem = (
+        check_data_set(source)
+        or check_hub(source, [stage.name for stage in pending])
+        or check_disk(plan.disk_bytes, free, base)
     )
     if cfg.dry_run:
         print(f"\nproblem: {problem}" if problem else "\ndry run: nothing was started", flush=True)
         return
     if problem:
         raise UserError(problem)
-    remember_data_source(plan.environment["NANOCHAT_DATA"])
+    remember_data_source(source)
     run_plan(plan, base / "run", base / "logs", start=cfg.from_stage, only=cfg.only, force=cfg.force)
     if not cfg.only:
         print(closing(base), flush=True)
@@ -102,9 +105,20 @@ def visible(found: tuple) -> tuple:
 # --- checks before anything starts -------------------------------------------------------------------
 
 
-def check_hub(environment: dict[str, str], pending: list[str]) -> str:
-    """What is wrong with the network, if a pending stage needs it; empty if nothing is."""
-    if environment["NANOCHAT_DATA"] != "hub" or not any(name.startswith("data") for name in pending):
+def check_data_set(source: str) -> str:
+    """What is wrong where the user names a text that the plan would not train on; empty if nothing is."""
+    named = os.environ.get("NANOCHAT_DATASET")
+    if source != "tinyworld" or not named:
+        return ""
+    return (
+        f"this plan trains on the embedded TinyWorld, not on NANOCHAT_DATASET={named}; unset that, or pretrain on your"
+        " text by itself: python -m scripts.base_train"
+    )
+
+
+def check_hub(source: str, pending: list[str]) -> str:
+    """What is wrong with the network, if a pending stage needs it for that data source; empty if nothing is."""
+    if source != "hub" or not any(name.startswith("data") for name in pending):
         return ""
     from nanochat.download import hub_endpoint
 

@@ -144,6 +144,10 @@ def test_length_limit_and_summary():
     assert chat.answer("q", lambda *_: None, print).finish_reason == "stop"
 
 
+def test_zero_is_accepted_where_the_help_explains_it():
+    assert parse(Config, ["-m", "0", "-k", "0"]).max_tokens == 0
+
+
 def test_seeds():
     chat = replying({})
     chat.engine = Engine(ScriptedModel(lambda history: None), TOKENIZER)

@@ -57,6 +57,22 @@ def test_whole_file_appears_whole_or_not_at_all(tmp_path):
     assert os.listdir(path.parent) == ["file.txt"]
 
 
+def test_a_file_that_cannot_be_made_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write .*nnn: "), common.whole_file(tmp_path / ("n" * 300)):
+        pass
+    for other in ("/dev/null", str(tmp_path)):  # in whose place the file would come
+        with (
+            pytest.raises(UserError, match=f"cannot write {other}: it is not a file"),
+            common.whole_file(other),
+        ):
+            pass
+    common.check_writable(tmp_path / "file")
+    assert not os.listdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot create .*file: "):
+        common.make_folder(tmp_path / "file")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(

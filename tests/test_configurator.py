@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -66,6 +69,8 @@ def test_flags(argv, expected):
         (["missing.py"], "cannot read preset missing.py"),
         (["--depth=None"], "must be int, not 'None'"),
         (["--lr=nan"], "lr must be float, not 'nan'"),
+        (["--depth=1e400"], "depth must be int, not '1e400'"),
+        (["--no-depth"], "--no-depth is not an option"),
         (["--steps=0"], "steps must be at least 1, or -1, not 0"),
         (["--steps=-2"], "steps must be at least 1, or -1, not -2"),
     ],
@@ -126,11 +131,14 @@ def test_precedence_is_defaults_presets_in_order_flags(tmp_path):
         ("depth = open('x')\n", "plain number"),
         ("depth = 1.5\n", "depth must be int"),
         ("depth = \n", "preset.py:1: not a"),
+        ("depth = {[1]: 2}\n", "plain number"),
+        ("depth = 2\0", "preset.py:1: not a"),
+        ("depth = 2 # \udcff", "preset.py:1: not a"),  # no UTF-8
     ],
 )
 def test_presets_are_parsed_not_executed(tmp_path, text, message):
     path = tmp_path / "preset.py"
-    path.write_text(text)
+    path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=message):
         parse(Config, [str(path)])
 
@@ -151,6 +159,18 @@ def test_a_disk_that_refuses_is_one_line(capsys):
         run(Config, main, [])
     assert exit.value.code == 2
     assert capsys.readouterr().err == "error: /there/file: Read-only file system\n"
+
+
+@pytest.mark.parametrize("size", [10, 300_000])  # kept in the buffer, and larger than it and the pipe
+def test_a_reader_that_has_enough_ends_the_process_without_a_word(size):
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = f"from nanochat.configurator import ending_well\nwith ending_well(): print('x' * {size})"
+    done = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+    without = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" >&-', sys.executable, code], timeout=60)
+    assert without.returncode == 0, "a process may have no stdout at all"
 
 
 def test_help_shows_every_option_with_its_default(capsys):

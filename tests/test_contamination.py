@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat.common import UserError
+from nanochat.configurator import parse
 from nanochat.contamination import Index, Sighting, TestSet, WordHashes, judge, ngram_hashes, scan
 from nanochat.tinyworld import generate
 from scripts import contamination as script
@@ -92,6 +93,12 @@ def test_hashes_are_the_same_in_every_process():
     words = WordHashes()("The cat, the CAT")
     assert words[0] == words[2] == 3331141520948189790 and words[1] == words[3]
     assert ngram_hashes(words, 2).dtype == np.uint64 and len(ngram_hashes(words, 5)) == 0
+
+
+@pytest.mark.parametrize("flag", ["--n=1", "--max-shards=0", "--max-examples=0", "--workers=-1", "--show=-1"])
+def test_flags_that_leave_nothing_to_do_are_refused(flag):
+    with pytest.raises(UserError, match="must be at least"):
+        parse(script.Config, [flag])
 
 
 def test_questions_are_taken_out_of_our_rendering():

@@ -221,3 +221,10 @@ def test_progress_on_a_terminal_is_one_line(monkeypatch, capsys):
     progress.show()
     out = capsys.readouterr().out
     assert out.startswith("\r\x1b[K0 of 2 files, 0.00 of 0.00 GB, ") and "\n" not in out and "min left" in out
+
+
+@pytest.mark.parametrize("words", [["-w", "0"], ["-n", "-2"], ["verify", "-w", "0"]])
+def test_numbers_that_make_no_sense_are_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        dataset_commands.main(words)
+    assert "must be at least" in capsys.readouterr().err

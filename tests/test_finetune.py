@@ -211,6 +211,8 @@ def test_counting_the_steps_says_so_and_comes_after_what_is_wrong_with_the_sched
 
 def test_rows_are_the_sources_or_measured_where_the_rows_are_longer(tiny_run, capsys):
     run_here("base_train", num_iterations=1, eval_every=-1)
+    with pytest.raises(UserError, match="total batch 7 is not a multiple of 1 rows x 64 tokens x 1 ranks"):
+        run_here("mid_train", num_iterations=1, eval_every=-1, total_batch_size=7)
     run_here("mid_train", num_iterations=1, eval_every=-1)
     assert "2 rows x 64 tokens x 1 ranks x 4 accumulation" in capsys.readouterr().out
     run_here("chat_sft", num_iterations=1, eval_every=-1, max_seq_len=128, source="mid", total_batch_size=512)

@@ -214,6 +214,8 @@ def test_what_no_retry_can_mend_is_an_error(tmp_path, endpoint, monkeypatch):
         ask(tmp_path, endpoint, num=1)
     assert len(endpoint.requests) == 1
     monkeypatch.delenv("TEST_KEY")
+    with pytest.raises(UserError, match="cannot write /dev/null: it is not a file"):
+        gen.main(gen.Config(num=1, output="/dev/null"))
     with pytest.raises(UserError, match="TEST_KEY is not set"):
         ask(tmp_path, endpoint)
     with pytest.raises(UserError, match="needs --model"):

@@ -1,8 +1,10 @@
-"""The code of the guides is run as it stands."""
+"""The code of the guides is run as it stands, and the commands of the README have no flag that their scripts lack."""
 
 from __future__ import annotations
 
+import importlib
 import re
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,9 +12,20 @@ from types import ModuleType
 import pytest
 
 from nanochat.calculator import use_calculator
+from nanochat.configurator import parse
 from tests.test_chat_eval import base, engine, run_here, tokenizer  # noqa: F401  (fixtures)
 
-GUIDE = Path(__file__).parent.parent / "dev" / "guides" / "a-task-of-your-own.md"
+ROOT = Path(__file__).parent.parent
+GUIDE = ROOT / "dev" / "guides" / "a-task-of-your-own.md"
+
+
+def test_the_commands_of_the_readme_have_the_flags_of_their_scripts(monkeypatch):
+    monkeypatch.chdir(ROOT)  # where presets are named from
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"-m ((?:scripts|dev)\.\w+)([^`#;)\n]*)", text)
+    assert len(commands) > 20
+    for module, flags in commands:
+        parse(importlib.import_module(module).Config, shlex.split(flags))
 
 
 @pytest.fixture(scope="module")

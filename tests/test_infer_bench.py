@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nanochat.common import UserError, read_json
+from nanochat.configurator import parse
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.load_bench import distribution, make_clients, serve
 from nanochat.roofline import ModelCost, peak_bandwidth, percentile
@@ -169,7 +170,7 @@ def test_distributions():
     assert all(3 <= distribution("uniform:3:5")(rng) <= 5 for _ in range(20))
     draws = [distribution("exponential:2")(rng) for _ in range(2000)]
     assert 1.8 < sum(draws) / len(draws) < 2.2
-    for wrong in ("", "uniform:3", "uniform:5:3", "poisson:2", "exponential:-1", "x"):
+    for wrong in ("", "uniform:3", "uniform:5:3", "poisson:2", "exponential:-1", "x", "uniform:0:inf", "nan"):
         with pytest.raises(UserError, match="is no distribution"):
             distribution(wrong)
 
@@ -183,10 +184,30 @@ def test_percentiles():
     assert [percentile([4.0, 1.0, 3.0, 2.0], share) for share in (0, 0.5, 0.99, 1)] == [1, 3, 4, 4]
 
 
+def test_a_context_needs_room_for_two_tokens_to_read_and_two_to_write(capsys):
+    assert measured(capsys, sequence_len=4, batch_sizes="1", repeats=1)["sweep"][0]["decode_steps"] == 1
+    with pytest.raises(UserError, match="sequence_len must be at least 4, not 3"):
+        parse(Config, ["--sequence-len=3"])
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [(dict(batch_sizes="0"), "batch-sizes"), (dict(repeats=0), "repeats")],
+    ("flags", "message"),
+    [
+        ("--batch-sizes=0", "batch-sizes"), ("--repeats=0", "repeats must be at least 1"),
+        ("--decode-tokens=1", "at least 2"), ("--prompt-tokens=0", "at least 1"), ("--clients=-2", "at least 0"),
+        ("--prefill-lengths=5,x", "--prefill-lengths='5,x' must be"), ("--arrivals=foo", "--arrivals: 'foo' is no"),
+        ("--load-prompts=uniform:9", "--load-prompts: 'uniform:9' is no"), ("--load-tokens=", "--load-tokens: '' is"),
+        ("--json=/dev/null/x", "cannot create /dev/null"), ("--json=/dev/null", "/dev/null: it is not a file"),
+    ],
 )  # fmt: skip
-def test_wrong_options_are_one_line(options, message):
+def test_wrong_options_are_one_line_before_anything_is_measured(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr("nanochat.roofline.measured_bandwidth", lambda device: pytest.fail("it measures"))
     with pytest.raises(UserError, match=message):
-        main(Config(**{**TINY, **options}))
+        main(parse(Config, ["--source=random", "--device-type=cpu", flags]))
+    assert capsys.readouterr().out == ""
+
+
+def test_what_eight_bits_save_is_said(capsys):
+    main(Config(**{**TINY, "quantize": "int8", "n_embd": 128, "batch_sizes": "1", "repeats": 1}))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("int8 weights: ") and json.loads(said[-1])["note"] == said[0]

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("lm_eval")
 
 from nanochat.common import UserError
+from nanochat.configurator import parse
 from nanochat.core_bundle import CoreTask
 from nanochat.core_eval import evaluate_task
 from nanochat.engine import Engine
@@ -186,6 +187,20 @@ def test_long_answers_leave_room_for_the_question(subject, monkeypatch, capsys):
     assert "2 of 3 questions lost their beginning, 2 answers may be shorter" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tasks=,"], "--tasks names no task"), (["--tasks=x", "--include-path=/no"], "=/no is no folder"),
+        (["--tasks=x", "--limit=0"], "at least 1"), (["--tasks=x", "--num-fewshot=-1"], "at least 0"),
+    ],
+)  # fmt: skip
+def test_flags_of_the_command_that_cannot_be(flags, message):
+    from scripts import harness_eval
+
+    with pytest.raises(UserError, match=message):
+        harness_eval.main(parse(harness_eval.Config, ["-i", "sft", *flags]))
+
+
 def test_conversations_are_rendered_as_ours(subject):
     history = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is the sea?"}]
     text = subject.apply_chat_template(history)
@@ -220,5 +235,9 @@ def test_the_command_saves_results_beside_the_checkpoint(subject, tmp_path, monk
     assert "local_chat" in capsys.readouterr().out
     saved = read_json(folder / "harness_000003.json")
     assert saved["settings"]["limit"] == 2 and "exact_match,none" in saved["results"]["local_chat"]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "far.yaml").write_text("task: far\ndataset_path: nobody/nothing\ntest_split: test\n")
+    with pytest.raises(UserError, match="the data of --tasks=far cannot be loaded: Couldn't reach"):
+        harness_eval.main(harness_eval.Config(tasks="far", **options))
     with pytest.raises(UserError, match="has no nonsense"):
         harness_eval.main(harness_eval.Config(tasks="nonsense", **options))

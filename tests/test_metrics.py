@@ -53,4 +53,4 @@ def test_status_in_a_pipe_is_plain_and_rare(capsys):
 
 
 def test_duration():
-    assert [duration(s) for s in (0.4, 59, 61, 3723)] == ["0s", "59s", "1m01s", "1h02m"]
+    assert [duration(s) for s in (0.4, 59, 61, 3723, 4e5)] == ["0s", "59s", "1m01s", "1h02m", "5 days"]

@@ -401,12 +401,33 @@ def test_command_line(report, tmp_path, capsys):
     assert "summary" in json.loads(capsys.readouterr().out)
 
 
+def test_a_folder_that_cannot_be_is_one_line(tmp_path, capfd):
+    (tmp_path / "report").write_text("")
+    environment = {"PATH": "", "NANOCHAT_BASE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "nanochat.report", "generate"]
+    assert subprocess.run(command, env=environment, cwd=ROOT, timeout=60).returncode == 2
+    assert capfd.readouterr().err == f"error: cannot create {tmp_path / 'report'}: File exists\n"
+
+
 def test_nothing_to_report_leaves_an_older_report_alone(report, tmp_path):
     (tmp_path / "report.md").write_text("of another run")
     with pytest.raises(UserError, match=f"nothing to report: no stage has finished in {tmp_path}"):
         main(["generate"])
     assert (tmp_path / "report.md").read_text() == "of another run"
     assert not (report.folder / "report.md").exists()
+
+
+def test_a_foreign_file_among_the_sections_is_named(report):
+    write_json(report.folder / "notes.json", {"slug": "notes"})
+    with pytest.raises(
+        UserError, match=r"notes\.json is no section of a report, it lacks section, items, run_id"
+    ):
+        report.sections()
+
+
+def test_compare_takes_no_flags():
+    with pytest.raises(UserError, match="--out=x is not an option"):
+        main(["compare", "--out=x", "a", "b"])
 
 
 def test_an_unknown_action_names_the_known_ones():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -100,8 +101,29 @@ def test_errors_are_one_line(runs, tmp_path):
         compare(runs[:1], tmp_path)
     with pytest.raises(UserError, match=r"no report\.json in .*nothing"):
         compare([runs[0], tmp_path / "nothing"], tmp_path)
+    write_json(tmp_path / "report.json", read_json(runs[0] / "report" / "report.json") | {"stage_seconds": 4})
+    with pytest.raises(UserError, match="it lacks stage_seconds;"):
+        compare([runs[0], tmp_path], tmp_path)
+    write_json(tmp_path / "report.json", {})
+    with pytest.raises(UserError, match=r"report\.json is no whole report, it lacks header, "):
+        compare([runs[0], tmp_path], tmp_path)
     with pytest.raises(UserError, match="named twice"):
         compare([runs[0], runs[0] / "report"], tmp_path)
+
+
+def test_a_base_folder_may_hold_several_reports(runs, tmp_path, capsys):
+    base = make_run(tmp_path / "c", 0.5, 0.9, 4)
+    shutil.copytree(base / "report", base / "before")
+    shutil.copy(base / "report" / "report.json", base / "report" / "other.json")
+    write_json(base / "before" / "report.json", read_json(base / "report" / "report.json") | {"header": {}})
+    named = [base / "before", base / "report", runs[0]]
+    assert [run.name for run in load_runs(named)] == ["c/before", "c/report", "a/report"]
+    copies = [base / "report" / "other.json", base]
+    assert [run.name for run in load_runs(copies)] == ["other.json", "report.json"]
+    compare(named[:2], tmp_path)
+    assert capsys.readouterr().err == f"written: {tmp_path / 'compare.md'} and compare.html\n"
+    page = (tmp_path / "compare.html").read_text(encoding="utf-8")
+    assert "<p>All runs have the same settings.</p>" in page and "Settings that differ" not in page
 
 
 def test_the_command(runs, tmp_path):

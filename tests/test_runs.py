@@ -1,18 +1,11 @@
-"""Plans, the speedrun command, the sweeps and the shell scripts."""
+"""The plans, and the speedrun command."""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
 import importlib
 import itertools
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from nanochat import plans
@@ -24,7 +17,7 @@ from nanochat.network_config import GPTConfig
 from nanochat.pipeline import Plan
 from nanochat.scaling import model_dimensions
 from nanochat.tinyworld_plan import tinyworld_plan
-from scripts import speedrun, sweep
+from scripts import speedrun
 
 ROOT = Path(__file__).resolve().parent.parent
 H100 = Gpu("NVIDIA H100 80GB HBM3", 85_000_000_000)
@@ -198,12 +191,20 @@ def test_gpus_give_the_speedrun_and_nproc_limits_it(monkeypatch):
         speedrun.make_plan(speedrun.Config())
 
 
+def test_a_text_that_the_embedded_plan_would_not_train_on_is_a_problem(monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_DATASET", "mine")
+    speedrun.main(speedrun.Config(plan="tinyworld", dry_run=True))
+    assert "problem: this plan trains on the embedded TinyWorld, not on NANOCHAT_DATASET=mine" in capsys.readouterr().out
+    with pytest.raises(UserError, match="TinyWorld"):
+        speedrun.main(speedrun.Config(plan="tinyworld"))
+
+
 def test_an_unreachable_hub_is_said_and_tinyworld_offered(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    problem = speedrun.check_hub({"NANOCHAT_DATA": "hub"}, ["data", "tok_train"])
+    problem = speedrun.check_hub("hub", ["data", "tok_train"])
     assert "cannot be reached" in problem and "NANOCHAT_DATA=tinyworld bash runs/speedrun.sh" in problem
-    assert speedrun.check_hub({"NANOCHAT_DATA": "hub"}, ["base_train"]) == ""
-    assert speedrun.check_hub({"NANOCHAT_DATA": "tinyworld"}, ["data"]) == ""
+    assert speedrun.check_hub("hub", ["base_train"]) == ""
+    assert speedrun.check_hub("tinyworld", ["data"]) == ""
 
 
 def test_a_hub_that_answers_with_an_error_is_reachable():
@@ -245,251 +246,3 @@ def test_closing_words_show_the_scores_and_how_to_chat(tmp_path):
     )
     words = speedrun.closing(tmp_path)
     assert "0.8000" in words and "scripts.chat_cli -p" in words and "scripts.chat_web" in words
-
-
-# --- sweeps ------------------------------------------------------------------------------------------
-
-SUMMARY = {
-    "depth": 12, "model_dim": 768, "num_scaling_params": 110_100_912, "num_iterations": 100,
-    "num_params": {"wte": 1, "value_embeds": 2, "lm_head": 3, "transformer_matrices": 4, "scalars": 5, "total": 15},
-    "tokens_trained": 1_101_009_120, "total_batch_size": 524288, "val_bpb": 0.9, "core_score": None,
-    "train_time_sec": 12.5, "flops": 1e18,
-}  # fmt: skip
-
-
-def test_sweep_runs():
-    runs = sweep.sweep_runs("miniseries", "jan11", "", "")
-    assert [one.depth for one in runs] == [12, 14, 16, 18, 20, 22, 24, 26]
-    assert runs[0].tag == "jan11_miniseries_d12"
-    runs = sweep.sweep_runs("scaling", "jan26", "10,12", "1e18,2.15e18")
-    assert [one.tag for one in runs] == [
-        "jan26_scaling_1e18_d10", "jan26_scaling_1e18_d12", "jan26_scaling_2.15e18_d10",
-        "jan26_scaling_2.15e18_d12",
-    ]  # fmt: skip
-    with pytest.raises(UserError, match="--depths=x"):
-        sweep.sweep_runs("scaling", "s", "x", "1e18")
-
-
-@pytest.mark.parametrize("kind", ["miniseries", "scaling"])
-def test_flags_of_sweeps_exist_and_the_users_win(kind):
-    from scripts.base_train import Config as BaseConfig
-
-    cfg = sweep.Config(kind=kind, train_args="--device-batch-size=2 --max-seq-len=64")
-    for one in sweep.sweep_runs(kind, "s", "", cfg.flops):
-        parsed = parse(BaseConfig, sweep.train_flags(cfg, one).split())
-        assert (parsed.depth, parsed.model_tag, parsed.device_batch_size) == (one.depth, one.tag, 2)
-        assert (parsed.target_flops > 0) == (kind == "scaling")
-
-
-def test_setup_stages_are_left_out_when_they_are_done():
-    runs = sweep.sweep_runs("miniseries", "s", "12", "")
-    names = [sweep.sweep_plan(cfg, "s", runs, 1, has).names for cfg, has in (
-        (sweep.Config(), False), (sweep.Config(), True), (sweep.Config(skip_setup=True), False),
-    )]  # fmt: skip
-    assert [len(n) for n in names] == [3, 2, 1]
-
-
-@pytest.mark.parametrize("kind", ["miniseries", "scaling"])
-def test_rows_come_from_summaries_and_are_not_repeated(kind, tmp_path):
-    runs = sweep.sweep_runs(kind, "s", "12,14", "1e18")
-    write_json(tmp_path / "base_checkpoints" / runs[0].tag / "run_summary.json", SUMMARY)
-    for _ in range(2):
-        sweep.write_rows(tmp_path / "results.csv", kind, runs, tmp_path)
-    with (tmp_path / "results.csv").open() as file:
-        (row,) = list(csv.DictReader(file))
-    assert row["depth"] == "12" and row["val_bpb"] == "0.9" and row["core_score"] == ""
-    if kind == "miniseries":
-        assert row["param_data_ratio"] == "10" and row["num_params"] == "15"
-    else:
-        assert (
-            row["flops_budget"] == "1e18" and row["params_transformer"] == "4" and row["params_total"] == "15"
-        )
-
-
-def test_a_sweep_trains_and_resumes(tmp_path, monkeypatch):
-    """The whole sweep with a stand-in for base_train, because real runs take hours."""
-    (tmp_path / "trainer.py").write_text(
-        "import json, os, sys\n"
-        "flags = dict(f[2:].split('=') for f in sys.argv[1:])\n"
-        "folder = os.path.join(os.environ['NANOCHAT_BASE_DIR'], 'base_checkpoints', flags['model-tag'])\n"
-        "os.makedirs(folder)\n"
-        f"json.dump({SUMMARY!r} | {{'depth': int(flags['depth'])}}, open(folder + '/run_summary.json', 'w'))\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr("nanochat.environment.gpus", lambda: ())
-    original = sweep.sweep_plan
-
-    def standing_in(*arguments):
-        plan = original(*arguments)
-        swapped = [
-            dataclasses.replace(
-                s, command=tuple(w.replace("scripts.base_train", "trainer") for w in s.command)
-            )
-            for s in plan.stages
-        ]
-        return dataclasses.replace(plan, stages=tuple(swapped))
-
-    monkeypatch.setattr(sweep, "sweep_plan", standing_in)
-    cfg = sweep.Config(series="s", depths="2,4", skip_setup=True)
-    for _ in range(2):  # the second time the folders exist and the stand-in would fail
-        sweep.main(cfg)
-    rows = (tmp_path / "base" / "s_miniseries_results" / "results.csv").read_text().splitlines()
-    assert [row.split(",")[0] for row in rows] == ["depth", "2", "4"]
-
-
-def write_isoflops(path, exponent=0.5):
-    """A sweep whose best sizes are 1e8 * (flops / 1e18) ** exponent, with bits per byte an exact parabola."""
-    rows = [",".join(sweep.SCALING_COLUMNS)]
-    for flops in (1e18, 1e19):
-        best = 1e8 * (flops / 1e18) ** exponent
-        for factor in (0.25, 0.5, 1, 2, 4):
-            params = best * factor
-            values = dict.fromkeys(sweep.SCALING_COLUMNS, 0) | {
-                "flops_budget": flops, "params_transformer": params * 0.8, "params_lm_head": params * 0.2,
-                "tokens_trained": flops / (6 * params), "val_bpb": 0.8 + 0.1 * np.log10(factor) ** 2,
-            }  # fmt: skip
-            rows.append(",".join(str(values[column]) for column in sweep.SCALING_COLUMNS))
-    path.write_text("\n".join(rows) + "\n")
-
-
-def test_scaling_analysis_recovers_a_known_law(tmp_path):
-    from dev import scaling_analysis
-
-    write_isoflops(tmp_path / "results.csv")
-    budgets = scaling_analysis.read_budgets(tmp_path / "results.csv")
-    assert [b.best_params for b in budgets] == pytest.approx([1e8, 1e8 * 10**0.5], rel=1e-6)
-    assert [b.best_bpb for b in budgets] == pytest.approx([0.8, 0.8])
-    assert budgets[0].best_tokens == pytest.approx(1e18 / 6e8, rel=1e-6)
-    text = scaling_analysis.report(budgets)
-    assert "best params ~ FLOPs^0.500" in text and "best tokens ~ FLOPs^0.500" in text
-    scaling_analysis.main(scaling_analysis.Config(results=str(tmp_path / "results.csv")))
-    assert (tmp_path / "results.png").stat().st_size > 10_000
-
-
-def test_scaling_analysis_of_nothing_is_a_clear_error(tmp_path):
-    from dev import scaling_analysis
-
-    with pytest.raises(UserError, match="does not exist"):
-        scaling_analysis.read_budgets(tmp_path / "none.csv")
-    (tmp_path / "empty.csv").write_text(",".join(sweep.SCALING_COLUMNS) + "\n")
-    with pytest.raises(UserError, match="three"):
-        scaling_analysis.read_budgets(tmp_path / "empty.csv")
-
-
-# --- shell scripts -----------------------------------------------------------------------------------
-
-SCRIPTS = sorted((ROOT / "runs").glob("*.sh"))
-ENTRIES = [path for path in SCRIPTS if path.name != "setup.sh"]
-
-
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_parse(path):
-    assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
-
-
-@pytest.mark.parametrize("path", ENTRIES, ids=lambda path: path.name)
-def test_entry_scripts_are_strict_and_thin(path):
-    text = path.read_text()
-    assert "set -euo pipefail" in text and "exec python -m" in text
-    assert len([line for line in text.splitlines() if line and line[0] != "#"]) < 10
-
-
-@pytest.fixture
-def sandbox(tmp_path):
-    """A copy of runs/ beside stand-ins for uv and cargo, so that set-up can be tried without installing."""
-    root = tmp_path / "project"
-    shutil.copytree(ROOT / "runs", root / "runs")
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    for name in ("bash", "dirname", "mkdir", "cat"):
-        (tools / name).symlink_to(shutil.which(name))
-    return root, tools
-
-
-def tool(folder, name, body):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(f"#!/bin/sh\n{body}\n")
-    (folder / name).chmod(0o755)
-
-
-UV = """case "$1" in
---version) echo uv 1 ;;
-sync) echo synced; mkdir -p .venv/bin; echo "PATH=$PWD/.venv/bin:\\$PATH" > .venv/bin/activate
-      printf '#!/bin/sh\\necho python "$@" in $NANOCHAT_BASE_DIR\\n' > .venv/bin/python
-      /bin/chmod +x .venv/bin/python ;;
-esac"""
-
-
-def speed(root, tools, **environment):
-    return subprocess.run(
-        [str(tools / "bash"), str(root / "runs" / "speedrun.sh"), "--seed=1"], capture_output=True, text=True,
-        cwd=root.parent, timeout=60,
-        env={"PATH": str(tools), "HOME": str(root.parent / "home"), "NANOCHAT_BASE_DIR": "base"} | environment,
-    )  # fmt: skip
-
-
-def test_setup_uses_uv_and_runs_the_plan_with_the_flags(sandbox):
-    root, tools = sandbox
-    tool(tools, "uv", UV)
-    tool(tools, "cargo", "echo cargo 1")
-    done = speed(root, tools)
-    assert done.returncode == 0, done.stderr
-    assert "synced" in done.stdout
-    assert f"python -m scripts.speedrun --seed=1 in {root.parent / 'base'}" in done.stdout
-
-
-def test_setup_installs_uv_with_pip_once(sandbox):
-    root, tools = sandbox
-    tool(tools, "cargo", "echo cargo 1")
-    stored = root.parent / "uv-body"
-    stored.write_text(f"#!/bin/sh\n{UV}\n")
-    pip = f"""case "$*" in
-*--version) ;;
-*--target*) echo pip "$@"; mkdir -p "$6/bin"; cat {stored} > "$6/bin/uv"; /bin/chmod +x "$6/bin/uv" ;;
-esac"""
-    tool(tools, "python3", pip)
-    done = speed(root, tools)
-    assert done.returncode == 0, done.stderr
-    assert (
-        "uv is missing; installing it" in done.stdout and "pip -m pip install --quiet --target" in done.stdout
-    )
-    again = speed(root, tools)
-    assert again.returncode == 0 and "uv is missing" not in again.stdout
-
-
-def test_without_rust_it_says_exactly_what_to_do(sandbox):
-    root, tools = sandbox
-    tool(tools, "uv", UV)
-    done = speed(root, tools)
-    assert done.returncode == 2
-    assert "cargo was not found" in done.stderr and "https://sh.rustup.rs" in done.stderr
-    assert "synced" not in done.stdout
-
-
-def test_rust_outside_the_path_is_found(sandbox):
-    root, tools = sandbox
-    tool(tools, "uv", UV)
-    tool(root.parent / "home" / ".cargo" / "bin", "cargo", "echo cargo 1")
-    assert speed(root, tools).returncode == 0
-
-
-def test_without_uv_and_pip_it_says_what_to_install(sandbox):
-    root, tools = sandbox
-    done = speed(root, tools)
-    assert done.returncode == 2 and "install uv" in done.stderr
-
-
-def test_skip_setup_needs_an_environment(sandbox):
-    root, tools = sandbox
-    done = speed(root, tools, SKIP_SETUP="1")
-    assert done.returncode == 2 and "SKIP_SETUP" in done.stderr
-
-
-def test_help_is_fast():
-    import time
-
-    for module in ("scripts.speedrun", "scripts.sweep"):
-        started = time.monotonic()
-        command = [sys.executable, "-m", module, "--help"]
-        assert subprocess.run(command, cwd=ROOT, capture_output=True, env=os.environ).returncode == 0
-        assert time.monotonic() - started < 2
