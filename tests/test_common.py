@@ -89,7 +89,7 @@ def test_files_that_cannot_be_written_are_one_line(tmp_path):
     for name, reason in {
         "x" * 250: f"cannot write {tmp_path}/x+: File name too long",  # no room for a temporary name
         "file/below": f"cannot create {tmp_path}/file: ",
-        ".": f"cannot write {tmp_path}: Is a directory",
+        ".": f"cannot write {tmp_path}: it is not a file",
     }.items():
         with pytest.raises(UserError, match=reason):
             common.write_json(tmp_path / name, {})

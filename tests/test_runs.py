@@ -194,7 +194,10 @@ def test_gpus_give_the_speedrun_and_nproc_limits_it(monkeypatch):
 def test_a_text_that_the_embedded_plan_would_not_train_on_is_a_problem(monkeypatch, capsys):
     monkeypatch.setenv("NANOCHAT_DATASET", "mine")
     speedrun.main(speedrun.Config(plan="tinyworld", dry_run=True))
-    assert "problem: this plan trains on the embedded TinyWorld, not on NANOCHAT_DATASET=mine" in capsys.readouterr().out
+    assert (
+        "problem: this plan trains on the embedded TinyWorld, not on NANOCHAT_DATASET=mine"
+        in capsys.readouterr().out
+    )
     with pytest.raises(UserError, match="TinyWorld"):
         speedrun.main(speedrun.Config(plan="tinyworld"))
 
