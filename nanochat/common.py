@@ -182,7 +182,7 @@ def exclusive(folder: Path, wanted: bool = True) -> Iterator[None]:
     lock, owner = FileLock(folder / "lock"), folder / "lock.pid"
     try:
         lock.acquire(timeout=0)
-    except Timeout:
+    except (Timeout, FileNotFoundError):  # the other one may be removing the folder that it made
         process = f" (process {owner.read_text(encoding='utf-8').strip()})" if owner.exists() else ""
         raise UserError(f"another run is at work in {folder}{process}; wait for it, or end it") from None
     except (NotImplementedError, OSError):  # some network file systems have no locks

@@ -87,9 +87,12 @@ class CudaDecoder:
     def _follow(self, cache: RowCache) -> None:
         """Forget the graphs where the pool's tensors are others than theirs."""
         if cache.pool.generation != self._generation:
-            self._graphs.forget()
-            self._reader.graphs.forget()
+            self._forget_graphs()
             self._generation = cache.pool.generation
+
+    def _forget_graphs(self) -> None:
+        self._graphs.forget()
+        self._reader.graphs.forget()
 
     def _load(self, cache: RowCache, rows: int, ids: Sequence[int] | Tensor, padded: int) -> None:
         """Bring ids, positions and tables of pages to where the graph reads them.
@@ -130,7 +133,7 @@ class CudaDecoder:
         ]
         self._loaded = None
         self._network.reserve(size * self._model.config.n_head)
-        self._graphs.forget()
+        self._forget_graphs()
 
     # --- the network ---------------------------------------------------------------------------------
 

@@ -109,6 +109,7 @@ def finish(
 ) -> None:
     """Print the outcome, write run_summary.json beside the checkpoint and the section of the report."""
     tokens = plan.schedule.num_steps * plan.total_batch_size
+    timed_tokens = state.timed_steps * plan.total_batch_size
     results = {name: value for name, value in state.results.items() if isinstance(value, float)}
     memory = peak_memory_bytes(world.device)
     print0(
@@ -145,7 +146,7 @@ def finish(
         **{f"Final {name}": value for name, value in results.items()},
         "Skipped steps": state.skipped_steps,
         "Total training time": duration(state.total_training_time),
-        "Tokens per second": round(tokens / state.total_training_time) if state.total_training_time else None,
+        "Tokens per second": round(timed_tokens / state.total_training_time) if timed_tokens else None,
         "Peak memory": f"{memory / 2**20:,.0f} MiB",
     }
     checkpoint = Checkpoint.open(plan.directory, plan.schedule.num_steps)

@@ -130,6 +130,7 @@ class _Steps:
         is_first = state.step - self.run.first_step == 1
         if not (is_first and self.plan.compile):  # compiling, which every resumption repeats, is not training
             state.total_training_time += seconds
+            state.timed_steps += 1
         if not is_first:
             self.later_seconds += seconds
         if math.isfinite(loss):

@@ -94,7 +94,8 @@ class LoopState:
 
     step: int = 0
     smooth_loss: float = 0.0
-    total_training_time: float = 0.0
+    total_training_time: float = 0.0  # seconds, without steps that compiled
+    timed_steps: int = 0  # in that time
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     loss_scale: float = 1.0
@@ -237,6 +238,7 @@ class TrainingRun:
         self.optimizer.load_full_state_dict(optimizer_state)
         saved = dict(meta["loop_state"])
         saved["min_val_bpb"] = math.inf if saved["min_val_bpb"] is None else saved["min_val_bpb"]
+        saved.setdefault("timed_steps", saved["step"])  # checkpoints until November 2026
         self.state, self.data_state = LoopState(**saved), meta["dataloader_state_dict"]
         print0(f"resuming {plan.stage} at step {self.state.step} from {checkpoint.directory}")
         changed = changed_settings(meta.get("user_config") or {}, plan.settings)
@@ -284,16 +286,17 @@ class TrainingRun:
             if state.step >= last_step:
                 self._save_results()
                 return
-            if state.step == self.first_step:
-                self._delete_other_runs()
+            is_first = state.step == self.first_step
             step(log)
+            if is_first:
+                self._delete_other_runs()
             if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 self._give_up()
 
     def _delete_other_runs(self) -> None:
         """What an earlier run left after the first step of this one, else a later --resume=auto would go on with it.
 
-        Only now, as all that can be refused has been: whoever mistypes a flag keeps the model that was there.
+        Only after that step, which is where compilers and memory fail: whoever mistypes a flag keeps the model that was there.
         """
         if self.world.is_main and (self.is_resumed or self.plan.start_over):
             delete_checkpoints(self.plan.directory, after=self.first_step if self.is_resumed else -1)

@@ -246,11 +246,9 @@ def save(subject: Subject, parts: Mapping[str, dict], covers: Mapping[str, int],
     weights = subject.checkpoint and subject.checkpoint.weights_sha256
     log = subject.record.with_name(f"{subject.record.stem}_core_examples.jsonl")
     before = read_json(subject.record) if subject.record.exists() else {}
-    if before.get("weights", weights) != weights:
+    if before.get("weights") != weights:
         before = {}
     covered = before.get("covers", {})
-    if "CORE metric" in before and "CORE examples" not in covered and log.exists():  # until November 2026
-        covered = covered | {"CORE examples": log.read_text(encoding="utf-8").count("\n")}
     less = covered_less(covers, {name: count for name, count in covered.items() if parts.get(name)})
     record = before | {"model": subject.name, "weights": weights}
     for name, part in parts.items():

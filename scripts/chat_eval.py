@@ -127,7 +127,7 @@ def save(path: Path, scores: dict[str, TaskScore], weights: str, options: dict) 
     from tasks.chat_eval import TaskScore
 
     record = read_json(path) if path.exists() else {}
-    tasks = record.get("tasks", {}) if record.get("weights", weights) == weights else {}
+    tasks = record.get("tasks", {}) if record.get("weights") == weights else {}
     before = {name: tasks[name]["total"] for name in scores if name in tasks}
     less = covered_less({name: score.total for name, score in scores.items()}, before)
     for name, score in scores.items():

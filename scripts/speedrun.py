@@ -108,11 +108,11 @@ def visible(found: tuple) -> tuple:
 def check_data_set(source: str) -> str:
     """What is wrong where the user names a text that the plan would not train on; empty if nothing is."""
     named = os.environ.get("NANOCHAT_DATASET")
-    if source != "tinyworld" or not named:
+    if source != "tinyworld" or named in (None, "", "tinyworld"):
         return ""
     return (
         f"this plan trains on the embedded TinyWorld, not on NANOCHAT_DATASET={named}; unset that, or pretrain on your"
-        " text by itself: python -m scripts.base_train"
+        " text by itself, without NANOCHAT_DATA=tinyworld: python -m scripts.base_train"
     )
 
 

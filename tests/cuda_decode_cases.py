@@ -124,6 +124,23 @@ def test_padding_spares_rows_that_are_not_ready():
     torch.testing.assert_close(ours.forward(3, 4, more), theirs.forward(3, 4, more), atol=1e-5, rtol=0)
 
 
+@torch.inference_mode()
+def test_prompts_of_quantised_matrices_before_and_after_the_first_step():
+    """The first step may move counters that the graph of a prompt uses, too."""
+    model = small_model("classic", n_embd=256, n_layer=1)
+    replace_matrices(model, "int8")
+    caches = [begun_cache(model, 70, 40) for _ in range(2)]
+    for cache, decoder in zip(caches, (CudaDecoder(model, use_graphs=HAS_GPU), None), strict=True):
+        cache._decoder = decoder
+        while len(cache.positions) > 2:
+            cache.remove_row(len(cache.positions) - 1)
+    ours, theirs = caches
+    for span in ([1, 2, 3], [4, 5], [6]):
+        for _ in range(2):
+            torch.testing.assert_close(ours.read(0, [span]), theirs.read(0, [span]), atol=3e-5, rtol=0)
+        torch.testing.assert_close(ours.decode(1, span[:1]), theirs.decode(1, span[:1]), atol=3e-5, rtol=0)
+
+
 @pytest.fixture
 def poisoned_memory():
     """What nobody has written holds NaN."""

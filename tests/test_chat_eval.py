@@ -278,11 +278,11 @@ def test_chat_eval_scores_all_tasks_of_the_embedded_source(run_here, capsys):
     )
     trial = json.loads(path.read_text())
     assert trial["tasks"]["MMLU"] == record["tasks"]["MMLU"] and trial["tasks"]["ARC-Easy"]["total"] == 4
-    path.write_text(json.dumps(trial | {"weights": "of an earlier training"}))
-    script.main(script.Config(source="sft", task_name="MMLU", max_problems=1, device_type="cpu"))
-    assert {name: task["total"] for name, task in json.loads(path.read_text())["tasks"].items()} == {
-        "MMLU": 1
-    }
+    for earlier in ({"weights": "of an earlier training"}, {"weights": None}):
+        path.write_text(json.dumps(trial | earlier))
+        script.main(script.Config(source="sft", task_name="MMLU", max_problems=1, device_type="cpu"))
+        tasks = json.loads(path.read_text())["tasks"]
+        assert {name: task["total"] for name, task in tasks.items()} == {"MMLU": 1}
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -326,23 +326,20 @@ def test_base_eval_writes_table_record_and_report(run_here, capsys):
         run_here / "base_eval" / "base_model_000007.csv",
     )
     whole = log.read_text(), table.read_text()
-    for earlier in (
-        after,
-        {k: v for k, v in after.items() if k not in ("covers", "weights")},
-    ):  # as until 2026
-        record_path.write_text(json.dumps(earlier))
-        base_eval.main(base_eval.Config(eval="core", max_per_task=1, device_type="cpu"))
-        assert json.loads(section.read_text())["covers"] == covers
-        num = covers["CORE examples"]
-        kept = (
-            f"results: {record_path} keeps what was made on more: CORE examples {num} instead of {num // 4}\n"
-        )
-        assert kept in capsys.readouterr().out
-        trial = json.loads(record_path.read_text())
-        assert trial["CORE metric"] == after["CORE metric"] and trial["val bpb"] == after["val bpb"]
-        assert (log.read_text(), table.read_text()) == whole
+    base_eval.main(base_eval.Config(eval="core", max_per_task=1, device_type="cpu"))
+    assert json.loads(section.read_text())["covers"] == covers
+    num = covers["CORE examples"]
+    kept = f"results: {record_path} keeps what was made on more: CORE examples {num} instead of {num // 4}\n"
+    assert kept in capsys.readouterr().out
+    trial = json.loads(record_path.read_text())
+    assert trial["CORE metric"] == after["CORE metric"] and trial["val bpb"] == after["val bpb"]
+    assert (log.read_text(), table.read_text()) == whole
     base_eval.main(base_eval.Config(eval="core", max_per_task=5, device_type="cpu"))
     assert log.read_text().count("\n") == json.loads(record_path.read_text())["covers"]["CORE examples"] > num
+    record_path.write_text(json.dumps({name: value for name, value in after.items() if name != "weights"}))
+    base_eval.main(base_eval.Config(eval="core", max_per_task=1, device_type="cpu"))
+    other = json.loads(record_path.read_text())
+    assert other["covers"]["CORE examples"] == num // 4 and "val bpb" not in other, "of other weights"
 
 
 def test_base_eval_refuses_a_split_of_less_than_a_step(run_here):

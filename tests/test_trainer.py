@@ -242,9 +242,12 @@ def test_going_back_leaves_nothing_of_the_other_branch(tiny_run, capsys):
     assert list_steps(directory) == [2, 6]
 
 
-def test_starting_over_deletes_nothing_before_the_first_step(tiny_run, monkeypatch, capsys):
+def test_starting_over_deletes_nothing_before_the_first_step_is_made(tiny_run, monkeypatch, capsys):
     def left() -> list[tuple[str, int]]:
         return sorted((str(path), path.stat().st_mtime_ns) for path in tiny_run.glob("*_checkpoints/t/*0*.*"))
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError
 
     for stage in ("base_train", "mid_train"):
         run_here(stage, num_iterations=2, eval_every=-1)
@@ -258,6 +261,9 @@ def test_starting_over_deletes_nothing_before_the_first_step(tiny_run, monkeypat
     monkeypatch.setattr("nanochat.loss_eval.evaluate_bpb", lambda *_: 1 / 0)  # that of before the first step
     with pytest.raises(ZeroDivisionError):
         run_here("base_train", resume="never")
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr("nanochat.training_run.TrainingRun.update", out_of_memory)
+        run_here("base_train", resume="never", eval_every=-1)
     assert left() == before
     assert [losses(tiny_run / f"{stage}_checkpoints" / "t") for stage in ("base", "mid")] == stories
     assert "deleting" not in capsys.readouterr().out
