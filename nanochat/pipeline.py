@@ -183,7 +183,9 @@ def run_plan(
 
 
 def selected(plan: Plan, start: str = "", only: str = "") -> list[Stage]:
-    """The stages that --from and --only leave."""
+    """The stages that --from and --only leave; a UserError if both are given."""
+    if start and only:
+        raise UserError("--from starts in the middle and --only runs one stage; give one of them")
     if only:
         return [plan.stage(only)]
     return list(plan.stages[plan.stages.index(plan.stage(start)) :]) if start else list(plan.stages)

@@ -311,6 +311,8 @@ def test_selected_stages():
     whole = plan(*CHAIN)
     assert [s.name for s in selected(whole, only="tok")] == ["tok"]
     assert [s.name for s in selected(whole, start="base")] == ["base", "eval", "sft"]
+    with pytest.raises(UserError, match="give one of them"):
+        selected(whole, start="base", only="tok")
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
