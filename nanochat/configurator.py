@@ -267,6 +267,7 @@ def _parser(
 
 def _normalised(argv: Sequence[str], options: dict[str, _Option]) -> list[str]:
     """Turn --some_flag into --some-flag, --no-flag into --flag=false, and drop a lone `--` (torchrun's)."""
+    bools = {f"--{_dashed(o)}" for o in options if options[o].kind is bool}
     result = []
     for argument in argv:
         if argument == "--":
@@ -274,7 +275,6 @@ def _normalised(argv: Sequence[str], options: dict[str, _Option]) -> list[str]:
         if argument.startswith("--"):
             name, equals, value = argument.partition("=")
             name = _dashed(name)
-            bools = {f"--{_dashed(o)}" for o in options if options[o].kind is bool}
             if name.startswith("--no-") and f"--{name[5:]}" in bools and not equals:
                 name, equals, value = f"--{name[5:]}", "=", "false"
             if name in bools and not equals:

@@ -130,6 +130,7 @@ def sweep_plan(
     cfg: Config, series: str, runs: Sequence[Run], ranks: int, has_tokenizer: bool, speed: Speed
 ):  # fmt: skip
     """Data and tokenizer unless they exist, then one stage per run."""
+    from nanochat.checkpoint_manager import model_dir
     from nanochat.pipeline import Plan, Stage
     from nanochat.plans import DOWNLOAD_BYTES_PER_S, Launcher
 
@@ -149,7 +150,7 @@ def sweep_plan(
             raise UserError(f"{one.tag}: {error}") from None
         command = Launcher(ranks, one.tag).command("scripts.base_train", flags)
         about = f"depth {one.depth}" + (f" at {one.flops_budget} FLOPs" if one.flops_budget else "")
-        output = str(get_base_dir() / "base_checkpoints" / one.tag)
+        output = str(model_dir("base", one.tag))
         stages.append(Stage(one.tag, about, command, flops / speed.flops, resumable=True, output=output))
         disk_bytes += checkpoint
     given = {name: os.environ[name] for name in ("NANOCHAT_DATA", "NANOCHAT_DATASET") if os.environ.get(name)}
